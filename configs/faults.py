@@ -1,0 +1,111 @@
+"""What a recipe is told: faults, each with its remedy, and notices of what was set or ignored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Path = tuple[str | int, ...]
+"""Where a value is: ("datasets", 0, "type")."""
+
+_SECRET = re.compile(r"(api_key|password|passwd|secret|hf_token|access_key)s?$", re.IGNORECASE)
+_USERINFO = re.compile(r"://[^/@\s]+@")
+_LONGEST_VALUE = 60  # characters; a message line stays readable
+
+
+def dotted(path: Path) -> str:
+    """`path` as people write it: datasets[0].type."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One reason why a recipe cannot run."""
+
+    key: str
+    """The key as people write it, such as datasets[0].type; empty for the whole file."""
+    value: Any
+    """What was written there; None where nothing was."""
+    line: int | None
+    """Line of the key in the recipe, from 1; None where it is not in the file."""
+    why: str
+    """What is wrong with it."""
+    remedy: str = ""
+    """What to write instead."""
+    overridden: bool = False
+    """Whether the value came from the command line."""
+
+    def __str__(self) -> str:
+        place = "on the command line" if self.overridden else f"line {self.line}"
+        if self.line is None and not self.overridden:
+            place = ""
+        where = ": ".join(part for part in (place, self._written()) if part)
+        head = f"{where}: {self.why}" if where else self.why
+        return f"{head}. {self.remedy}" if self.remedy else head
+
+    def _written(self) -> str:
+        if not self.key:
+            return ""
+        if self.value is None:
+            return f"`{self.key}`"
+        shown = "(not shown)" if _SECRET.search(self.key) else _brief(self.value)
+        return f"`{self.key}: {shown}`"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One thing done to a recipe that its author may want to know."""
+
+    action: str
+    """"set", "renamed", "ignored" or "note"."""
+    keys: tuple[str, ...]
+    """The keys it is about."""
+    why: str
+    """The reason; for "note" the whole message."""
+    value: Any = None
+    """What a key was set to, or the new name of a renamed one."""
+
+    def __str__(self) -> str:
+        names = ", ".join(self.keys)
+        if self.action == "set":
+            return f"set {names}: {_brief(self.value)} because {self.why}"
+        if self.action == "renamed":
+            return f"read {names} as {self.value} because {self.why}"
+        if self.action == "ignored":
+            return f"ignored {names} because {self.why}"
+        return f"{names}: {self.why}" if names else self.why
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run, with every reason at once."""
+
+    def __init__(
+        self, faults: Sequence[Fault], source: str = "recipe", notices: Sequence[Notice] = ()
+    ) -> None:
+        assert faults, "a RecipeError needs a fault"
+        self.faults = tuple(faults)
+        self.notices = tuple(notices)
+        self.source = source
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        lines = [f"{source} cannot run: {count}", *(f"  {fault}" for fault in faults)]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.faults, self.source, self.notices)
+
+
+def _brief(value: Any) -> str:
+    """`value` on one line, cut short, without a password in a URL."""
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, str):
+        text = value if value.strip() == value and value else repr(value)
+    else:
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    text = _USERINFO.sub("://***@", " ".join(text.split()))
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

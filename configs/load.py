@@ -1,0 +1,150 @@
+"""YAML and overrides to a Recipe, in three phases: rename, default, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow.configs.check import check_rules, check_types
+from regrow.configs.defaults import fill_in
+from regrow.configs.draft import Draft
+from regrow.configs.faults import Fault, Notice, RecipeError
+from regrow.configs.local_paths import find_local_paths
+from regrow.configs.overrides import Overrides, apply_overrides
+from regrow.configs.recipe import Recipe
+from regrow.configs.rename import rename
+from regrow.configs.yaml_lines import parse_yaml
+
+_MAX_BYTES = 1 << 20
+"""Published recipes have some 3 kB; a file of a megabyte is something else, such as weights."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe that can run, and how it came to be."""
+
+    recipe: Recipe
+    notices: tuple[Notice, ...]
+    """What was set, renamed or ignored, and why."""
+    text: str
+    """The source as it was written."""
+    path: Path | None = None
+    """The source file, if there is one."""
+
+    @property
+    def name(self) -> str:
+        """The run's name: the recipe's, else the file's without its ending."""
+        return self.recipe.name or (self.path.stem if self.path else "recipe")
+
+
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> Loaded:
+    """The recipe in the YAML file `path`, changed by `overrides` (`--key value` words, or a map of
+    dotted keys).
+
+    Raises:
+        RecipeError: with every reason why it cannot run.
+    """
+    path = Path(path).expanduser()
+    text = _read(path)
+    document = parse_yaml(text)
+    if not document.readable:
+        raise RecipeError(document.faults, str(path))
+    draft = Draft(document.data, document.lines, faults=document.faults)
+    recipe = _finish(draft, overrides, path.absolute().parent, str(path))
+    return Loaded(recipe, _grouped(draft.notices), text, path)
+
+
+def parse_recipe(
+    data: Mapping[str, Any], overrides: Overrides = (), *, directory: str | Path | None = None
+) -> Loaded:
+    """The recipe in a map of keys, as from a form; `directory` is where relative paths start.
+
+    Raises:
+        RecipeError: with every reason why it cannot run.
+    """
+    if not isinstance(data, Mapping):
+        fault = Fault("", None, None, f"a recipe is a map of keys, not {type(data).__name__}")
+        raise RecipeError([fault])
+    draft = Draft(_plain(data))
+    text = _as_yaml(draft.data)
+    where = Path(directory).absolute() if directory is not None else None
+    recipe = _finish(draft, overrides, where, "recipe")
+    return Loaded(recipe, _grouped(draft.notices), text)
+
+
+def _finish(draft: Draft, overrides: Overrides, directory: Path | None, source: str) -> Recipe:
+    """Overrides, then the three phases; raises with all faults of all of them."""
+    apply_overrides(draft, overrides)
+    rename(draft)
+    if directory is not None:
+        find_local_paths(draft, directory)
+    given = frozenset(draft.data)
+    recipe = check_types(draft)
+    if recipe is not None:
+        recipe = fill_in(recipe, given, draft)
+        check_rules(recipe, given, draft)
+    if draft.faults:
+        raise RecipeError(_in_order(draft.faults), source, _grouped(draft.notices))
+    assert recipe is not None, "no recipe and no fault"
+    return recipe
+
+
+def _read(path: Path) -> str:
+    """The file's text, without a byte-order mark."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        why = ""
+    except FileNotFoundError:
+        why, remedy = "there is no such file", "Check the path"
+    except IsADirectoryError:
+        why, remedy = "this is a directory", "Name the YAML file in it"
+    except (OSError, ValueError) as error:
+        why, remedy = f"the file cannot be read: {error}", "Check the path and its permissions"
+    if not why:
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text, why, remedy = "", "the file is not text in UTF-8", "Name a YAML file"
+        if len(raw) > _MAX_BYTES:
+            why, remedy = "the file is larger than 1 MiB", "Name a YAML file"
+        if not why:
+            return text
+    raise RecipeError([Fault("", None, None, why, remedy)], str(path))
+
+
+def _plain(data: Any) -> Any:
+    """A copy of `data` with the lists and maps that YAML would give."""
+    if isinstance(data, Mapping):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return data
+
+
+def _as_yaml(data: dict[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError:  # something that is no YAML value; the check will name it
+        return ""
+
+
+def _in_order(faults: Sequence[Fault]) -> list[Fault]:
+    """Faults by line, those without one last; each once."""
+    unique = list({(fault.key, fault.line, fault.why): fault for fault in faults}.values())
+    return sorted(unique, key=lambda fault: (fault.line is None, fault.line or 0))
+
+
+def _grouped(notices: Sequence[Notice]) -> tuple[Notice, ...]:
+    """Notices, with keys ignored for one reason in one line."""
+    grouped: dict[Any, Notice] = {}
+    for i, notice in enumerate(notices):
+        place = ("ignored", notice.why) if notice.action == "ignored" else i
+        before = grouped.get(place)
+        keys = (before.keys if before else ()) + notice.keys
+        grouped[place] = Notice(notice.action, keys, notice.why, notice.value)
+    return tuple(grouped.values())

@@ -1,0 +1,80 @@
+"""Relative local paths in a recipe, made absolute: beside the recipe first, then where one stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from regrow.configs.draft import Draft
+from regrow.configs.faults import Notice, dotted
+from regrow.configs.faults import Path as KeyPath
+
+_FILE_TYPES = ("json", "csv", "parquet", "arrow", "text")
+_DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+
+
+def find_local_paths(draft: Draft, directory: Path) -> None:
+    """Resolve data files and the model relative to `directory`, the recipe's, or the current one.
+
+    What exists in neither stays as it is (a hub id or URL), unless it can only be a local path.
+    """
+    for key in ("base_model", "base_model_config", "tokenizer_config"):
+        _resolve(draft, (key,), directory)
+    for path, entry in draft.entries():
+        source = entry.get("path")
+        _resolve(draft, (*path, "path"), directory)
+        if source in _FILE_TYPES and entry["path"] == source:
+            _resolve_files(draft, (*path, "data_files"), directory)
+
+
+def _resolve_files(draft: Draft, path: KeyPath, directory: Path) -> None:
+    """`data_files` are local only where `path` is a file type; elsewhere they are in the dataset."""
+    files = draft.value(path)
+    if isinstance(files, list):
+        for i in range(len(files)):
+            _resolve(draft, (*path, i), directory)
+    else:
+        _resolve(draft, path, directory)
+
+
+def _resolve(draft: Draft, path: KeyPath, directory: Path) -> None:
+    written = draft.value(path)
+    if not isinstance(written, str) or not written or "://" in written or "\0" in written:
+        return
+    local = Path(written).expanduser() if written.startswith("~/") else Path(written)
+    for place in (directory, Path.cwd()):
+        candidate = place / local
+        if _exists(candidate):
+            _replace(draft, path, os.path.abspath(candidate))
+            if place != directory and not local.is_absolute():
+                why = f"found in the current directory, not beside the recipe: {candidate}"
+                draft.notices.append(Notice("note", (dotted(path),), why))
+            return
+    if _only_local(written, path):
+        looked = f"{directory} and {Path.cwd()}" if not local.is_absolute() else str(local.parent)
+        draft.fault(path, "there is no such file or directory", f"Looked in {looked}")
+
+
+def _replace(draft: Draft, path: KeyPath, value: str) -> None:
+    parent: Any = draft.value(path[:-1])
+    parent[path[-1]] = value
+
+
+def _only_local(written: str, path: KeyPath) -> bool:
+    """Whether this cannot be a hub id: `./x`, `/x`, `~/x`, or a data file's name."""
+    if any(sign in written for sign in "*?["):
+        return False  # a pattern
+    if written.startswith(("./", "../", "/", "~/")):
+        return True
+    return path[-1] not in _MODEL_KEYS and written.lower().endswith(_DATA_ENDINGS)
+
+
+_MODEL_KEYS = ("base_model", "base_model_config", "tokenizer_config")
+
+
+def _exists(candidate: Path) -> bool:
+    try:
+        return candidate.exists()
+    except (OSError, ValueError):  # a name too long or malformed for this file system
+        return False

@@ -1,0 +1,248 @@
+"""Phase 1: old names, other shapes and words that are not fields become what the fields expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrow.configs.draft import Draft
+from regrow.configs.faults import Notice, Path
+from regrow.configs.sections.model import PACKED_ATTENTION
+from regrow.configs.vocabulary import (
+    DATASET_WORDS,
+    PLUGINS,
+    WORDS,
+    Ignored,
+    Refused,
+    Renamed,
+    Word,
+    is_off,
+)
+
+_LEGACY_ATTENTION = (
+    "xformers_attention",
+    "sage_attention",
+    "flex_attention",
+    "flash_attention",
+    "sdp_attention",
+    "eager_attention",
+)
+_ATTENTIONS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "xformers",
+    "sage",
+)
+
+
+def rename(draft: Draft) -> None:
+    """Rewrite the draft's data; null means "not given" everywhere."""
+    _drop_nulls(draft.data)
+    _refuse_pickle(draft)
+    _float32(draft)
+    _tokens_map(draft)
+    _attention(draft)
+    _plugins(draft)
+    for key in [key for key in draft.data if key in WORDS]:
+        _apply(draft, (key,), WORDS[key])
+    for path, entry in draft.entries():
+        _dataset(draft, path, entry)
+    _chat_template(draft, ())
+    _warmup_share(draft)
+    _checkpointing(draft)
+    for key in ("save_strategy", "eval_strategy"):
+        if draft.data.get(key) is False:  # YAML reads `no` as false
+            draft.data[key] = "no"
+
+
+def _drop_nulls(data: Any) -> None:
+    if isinstance(data, dict):
+        for key in [key for key, value in data.items() if value is None]:
+            del data[key]
+    for value in data.values() if isinstance(data, dict) else data:
+        if isinstance(value, (dict, list)):
+            _drop_nulls(value)
+
+
+def _apply(draft: Draft, path: Path, word: Word) -> None:
+    """Do to the key at `path` what the vocabulary says."""
+    *above, key = path
+    parent = draft.value(tuple(above))
+    value = parent[key]
+    if isinstance(word, Renamed):
+        _move(draft, path, (*above, word.to), word.why)
+        return
+    if not is_off(str(key), value):
+        if isinstance(word, Ignored):
+            draft.ignore(str(key), word.why)
+        else:
+            draft.fault(path, word.why, word.remedy)
+    del parent[key]
+
+
+def _move(draft: Draft, old: Path, new: Path, why: str) -> None:
+    """Rename a key; two different values for it are a fault, unless one is the command line's."""
+    parent = draft.value(old[:-1])
+    name, value = new[-1], parent[old[-1]]
+    if name in parent and parent[name] != value:
+        if draft.is_overridden(old) == draft.is_overridden(new):
+            other = f"it is the old name of `{name}`, which says otherwise"
+            draft.fault(old, other, f"Keep `{name}` only")
+        if not (draft.is_overridden(old) and not draft.is_overridden(new)):
+            del parent[old[-1]]
+            return
+    draft.notices.append(Notice("renamed", (str(old[-1]),), why, name))
+    draft.move(old, new, value)
+    target = WORDS.get(str(name)) if len(new) == 1 else None
+    if isinstance(target, Refused):
+        _apply(draft, new, target)
+
+
+def _refuse_pickle(draft: Draft) -> None:
+    if draft.data.get("save_safetensors") is False:
+        why = "weights are only ever written as safetensors"
+        draft.fault(("save_safetensors",), why, "Remove it")
+
+
+def _float32(draft: Draft) -> None:
+    """`float32: true` is `bf16: false` in Axolotl's words."""
+    if draft.data.get("float32") is True and not draft.data.get("bf16"):
+        draft.notices.append(Notice("renamed", ("float32",), "it decides the precision", "bf16"))
+        draft.move(("float32",), ("bf16",), False)
+    elif draft.data.get("float32") is True:
+        draft.fault(("float32",), "`bf16` says otherwise", "Keep one of the two")
+    draft.data.pop("float32", None)
+
+
+def _tokens_map(draft: Draft) -> None:
+    """Old recipes name special tokens in a map under `tokens`."""
+    tokens = draft.data.get("tokens")
+    if not isinstance(tokens, dict):
+        return
+    special = draft.data.setdefault("special_tokens", {})
+    if not isinstance(special, dict):
+        return
+    for name in list(tokens):
+        if special.get(name, tokens[name]) != tokens[name]:
+            draft.fault(("tokens", name), "`special_tokens` says otherwise", "Keep one of the two")
+            continue
+        draft.move(("tokens", name), ("special_tokens", name), tokens[name])
+    why = "a map of tokens gives them special roles"
+    draft.notices.append(Notice("renamed", ("tokens",), why, "special_tokens"))
+    del draft.data["tokens"]
+
+
+def _attention(draft: Draft) -> None:
+    """Every attention of Axolotl's becomes Regrow's, which computes the same."""
+    flags = [name for name in _LEGACY_ATTENTION if draft.data.get(name) is True]
+    for name in _LEGACY_ATTENTION:
+        if isinstance(draft.data.get(name), bool):
+            del draft.data[name]
+        elif name in draft.data:
+            draft.fault((name,), "expected true or false", "Remove it")
+            del draft.data[name]
+    chosen = draft.data.get("attn_implementation")
+    if flags and chosen not in (None, PACKED_ATTENTION):
+        why = f"`attn_implementation: {chosen}` says otherwise"
+        draft.fault((flags[0],), why, "Keep `attn_implementation` only", True)
+    elif isinstance(chosen, str) and not _is_attention(chosen):
+        names = ", ".join((*_ATTENTIONS, PACKED_ATTENTION))
+        draft.fault(("attn_implementation",), "no such attention", f"Use one of {names}")
+    elif flags or (chosen not in (None, PACKED_ATTENTION) and isinstance(chosen, str)):
+        name = flags[0] if flags else "attn_implementation"
+        why = "Regrow's packed attention computes the same, inside each example, on every device"
+        draft.notices.append(Notice("renamed", (name,), why, PACKED_ATTENTION))
+    if chosen is None or isinstance(chosen, str):
+        draft.data["attn_implementation"] = PACKED_ATTENTION
+
+
+def _is_attention(name: str) -> bool:
+    """A name of Axolotl's or ours, or a hub kernel `org/name`."""
+    return name in _ATTENTIONS or name == PACKED_ATTENTION or "/" in name
+
+
+def _plugins(draft: Draft) -> None:
+    plugins = draft.data.pop("plugins", None)
+    if plugins is None:
+        return
+    if not isinstance(plugins, list):
+        draft.fault(("plugins",), "expected a list of names", "Remove it", plugins)
+        return
+    for i, name in enumerate(plugins):
+        word = PLUGINS.get(name) if isinstance(name, str) else None
+        if isinstance(word, Ignored):
+            draft.ignore(name, word.why)
+        else:
+            why = "this plugin's function is not here"
+            draft.fault(("plugins", i), why, "Remove it", name)
+
+
+def _dataset(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    for key in [key for key in entry if key in DATASET_WORDS]:
+        _apply(draft, (*path, key), DATASET_WORDS[key])
+    _message_fields(draft, path, entry)
+    _chat_template(draft, path)
+    kind = entry.get("type")
+    if kind == "chat_template.default":
+        entry["type"] = "chat_template"
+    elif isinstance(kind, str) and kind.startswith("sharegpt"):
+        draft.fault((*path, "type"), "sharegpt was removed", _SHAREGPT)
+        entry["type"] = "chat_template"
+    elif isinstance(kind, dict):
+        why = "prompts written in the recipe are not here yet"
+        draft.fault((*path, "type"), why, "Use `type: alpaca` with field_instruction and so on")
+        entry["type"] = "alpaca"
+
+
+_SHAREGPT = (
+    "Use `type: chat_template` with `field_messages: conversations` and "
+    "`message_property_mappings: {role: from, content: value}`"
+)
+
+
+def _message_fields(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    """`message_field_role` and `_content` are entries of `message_property_mappings` now."""
+    for part in ("role", "content"):
+        old = (*path, f"message_field_{part}")
+        if old[-1] not in entry:
+            continue
+        mappings = entry.setdefault("message_property_mappings", {})
+        if not isinstance(mappings, dict):
+            del entry[old[-1]]
+            continue
+        if mappings.get(part, entry[old[-1]]) != entry[old[-1]]:
+            why = f"`message_property_mappings.{part}` says otherwise"
+            draft.fault(old, why, "Keep `message_property_mappings` only")
+            del entry[old[-1]]
+            continue
+        new = (*path, "message_property_mappings", part)
+        why = "that is its place now"
+        draft.notices.append(Notice("renamed", (str(old[-1]),), why, ".".join(map(str, new[-2:]))))
+        draft.move(old, new, entry[old[-1]])
+    mappings = entry.get("message_property_mappings")
+    if isinstance(mappings, dict):  # what is not mapped keeps its name
+        mappings.setdefault("role", "role")
+        mappings.setdefault("content", "content")
+
+
+def _chat_template(draft: Draft, path: Path) -> None:
+    """`chat_template_jinja` alone means `chat_template: jinja`."""
+    holder = draft.value(path)
+    if "chat_template_jinja" in holder:
+        holder.setdefault("chat_template", "jinja")
+
+
+def _warmup_share(draft: Draft) -> None:
+    """`warmup_steps: 0.1`, as Transformers 5 takes it, is a share of all steps."""
+    steps = draft.data.get("warmup_steps")
+    if isinstance(steps, float) and 0 < steps < 1:
+        _move(draft, ("warmup_steps",), ("warmup_ratio",), "below 1 it is a share of all steps")
+
+
+def _checkpointing(draft: Draft) -> None:
+    kind = draft.data.get("gradient_checkpointing")
+    if kind in ("offload", "offload_disk"):
+        why = f"`{kind}` is not here yet; it saves memory only"
+        draft.set(("gradient_checkpointing",), True, why)

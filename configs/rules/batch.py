@@ -1,0 +1,47 @@
+"""Rules about batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regrow.configs.recipe import Recipe
+from regrow.configs.rules.rule import Breach, rule
+
+_KEYS = ("micro_batch_size", "gradient_accumulation_steps", "batch_size")
+
+
+@rule(*_KEYS)
+def the_global_batch_is_said(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Two of the three batch keys are given: one alone leaves the global batch to chance."""
+    present = [key for key in _KEYS if key in given]
+    if len(present) < 2:
+        missing = " and ".join(f"`{key}`" for key in _KEYS[:2] if key not in present)
+        why = "the number of rows in each optimizer step is not said"
+        yield (present[0] if present else _KEYS[0],), why, f"Add {missing}"
+
+
+@rule(*_KEYS)
+def the_batch_keys_agree(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """batch_size is micro_batch_size * gradient_accumulation_steps where all three are given."""
+    product = recipe.micro_batch_size * recipe.gradient_accumulation_steps
+    if given.issuperset(_KEYS) and recipe.batch_size != product:
+        why = f"micro_batch_size * gradient_accumulation_steps is {product}"
+        yield ("batch_size",), why, "Keep `batch_size` or `gradient_accumulation_steps`"
+
+
+@rule("micro_batch_size", "batch_size")
+def the_batch_divides_into_micro_batches(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Breach]:
+    """batch_size is a multiple of micro_batch_size."""
+    size, micro = recipe.batch_size, recipe.micro_batch_size
+    if size and "gradient_accumulation_steps" not in given and size % micro:
+        why = f"it is no multiple of micro_batch_size, {micro}"
+        yield ("batch_size",), why, f"Use {max(1, size // micro) * micro}"
+
+
+RULES = (
+    the_global_batch_is_said,
+    the_batch_keys_agree,
+    the_batch_divides_into_micro_batches,
+)

@@ -1,0 +1,131 @@
+"""Rules about when the learning rate changes, checkpoints are kept and validation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regrow.configs.recipe import Recipe
+from regrow.configs.rules.rule import Breach, rule
+
+
+@rule("warmup_steps", "warmup_ratio")
+def warmup_is_said_once(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Warm-up is a number of steps or a share of them."""
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        why = f"`warmup_ratio: {recipe.warmup_ratio}` says otherwise"
+        yield ("warmup_steps",), why, "Use one of the two"
+
+
+@rule("save_steps", "saves_per_epoch")
+def saving_is_said_once(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Checkpoints come every so many steps or so many times an epoch."""
+    if recipe.save_steps and recipe.saves_per_epoch:
+        yield ("save_steps",), "`saves_per_epoch` says otherwise", "Use one of the two"
+
+
+@rule("eval_steps", "evals_per_epoch")
+def validating_is_said_once(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Validation comes every so many steps or so many times an epoch."""
+    if recipe.eval_steps and recipe.evals_per_epoch:
+        yield ("eval_steps",), "`evals_per_epoch` says otherwise", "Use one of the two"
+
+
+@rule("save_strategy", "save_steps", "saves_per_epoch")
+def saving_fits_its_strategy(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """save_steps and saves_per_epoch are about save_strategy: steps."""
+    for key in ("save_steps", "saves_per_epoch"):
+        if getattr(recipe, key) and recipe.save_strategy != "steps":
+            why = f"it has no meaning with `save_strategy: {recipe.save_strategy}`"
+            yield (key,), why, "Remove it or use `save_strategy: steps`"
+
+
+@rule("eval_strategy", "eval_steps", "evals_per_epoch", "val_set_size", "test_datasets")
+def validating_fits_its_strategy(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """eval_steps and evals_per_epoch are about eval_strategy: steps."""
+    for key in ("eval_steps", "evals_per_epoch"):
+        if getattr(recipe, key) and recipe.validates and recipe.eval_strategy != "steps":
+            why = f"it has no meaning with `eval_strategy: {recipe.eval_strategy}`"
+            yield (key,), why, "Remove it or use `eval_strategy: steps`"
+
+
+@rule("save_strategy", "save_steps", "saves_per_epoch")
+def saving_by_steps_has_steps(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """save_strategy: steps comes with a number of steps."""
+    if recipe.save_strategy == "steps" and not (recipe.save_steps or recipe.saves_per_epoch):
+        why = "neither `save_steps` nor `saves_per_epoch` is given"
+        yield ("save_strategy",), why, "Add one of them"
+
+
+@rule("eval_strategy", "eval_steps", "evals_per_epoch")
+def validating_by_steps_has_steps(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """eval_strategy: steps comes with a number of steps."""
+    if recipe.eval_strategy == "steps" and not (recipe.eval_steps or recipe.evals_per_epoch):
+        why = "neither `eval_steps` nor `evals_per_epoch` is given"
+        yield ("eval_strategy",), why, "Add one of them"
+
+
+@rule("eval_strategy", "eval_steps", "val_set_size", "test_datasets")
+def validating_needs_data(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A recipe that asks for validation says on what. (evals_per_epoch alone is let pass with a
+    notice: published recipes keep it beside `val_set_size: 0`.)"""
+    if recipe.validates:
+        return
+    for key in ("eval_steps", "eval_strategy"):
+        if key in given and getattr(recipe, key) not in (None, "no"):
+            why = "there is no validation data"
+            yield (key,), why, "Add `val_set_size` or `test_datasets`, or remove it"
+
+
+@rule("save_steps", "eval_steps")
+def steps_are_whole_or_a_share(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """2.5 is neither a number of steps nor a share of all steps."""
+    for key in ("save_steps", "eval_steps"):
+        steps = getattr(recipe, key)
+        if steps and steps >= 1 and not float(steps).is_integer():
+            why = "steps are a whole number, or a share of all steps below 1"
+            yield (key,), why, f"Use {int(steps)}"
+
+
+@rule("lr_scheduler", "cosine_min_lr_ratio")
+def a_lowest_rate_needs_a_cosine(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """cosine_min_lr_ratio is about the cosine schedule."""
+    cosines = ("cosine", "cosine_with_min_lr")
+    if recipe.cosine_min_lr_ratio is not None and recipe.lr_scheduler not in cosines:
+        why = f"it has no meaning with `lr_scheduler: {recipe.lr_scheduler}`"
+        yield ("cosine_min_lr_ratio",), why, "Remove it or use `lr_scheduler: cosine`"
+
+
+@rule("lr_scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio")
+def schedulers_have_their_arguments(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Schedulers that end at a lowest rate, or decay in a last part, say so."""
+    kwargs = recipe.lr_scheduler_kwargs
+    if "min_lr" in recipe.lr_scheduler and not kwargs.keys() & {"min_lr", "min_lr_rate"}:
+        why = "`lr_scheduler_kwargs` says no lowest learning rate"
+        yield ("lr_scheduler",), why, "Add `lr_scheduler_kwargs: {min_lr_rate: 0.1}`"
+    if recipe.lr_scheduler == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
+        why = "`lr_scheduler_kwargs` says no decay"
+        yield ("lr_scheduler",), why, "Add `lr_scheduler_kwargs: {num_decay_steps: 100}`"
+
+
+@rule("lr_scheduler", "eval_strategy", "val_set_size", "test_datasets")
+def a_plateau_needs_validation(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """reduce_lr_on_plateau follows the validation loss."""
+    if recipe.lr_scheduler == "reduce_lr_on_plateau" and recipe.eval_strategy in (None, "no"):
+        why = "it follows the validation loss, and nothing is validated"
+        yield ("lr_scheduler",), why, "Add `val_set_size`, or use `lr_scheduler: cosine`"
+
+
+RULES = (
+    warmup_is_said_once,
+    saving_is_said_once,
+    validating_is_said_once,
+    saving_fits_its_strategy,
+    validating_fits_its_strategy,
+    saving_by_steps_has_steps,
+    validating_by_steps_has_steps,
+    validating_needs_data,
+    steps_are_whole_or_a_share,
+    a_lowest_rate_needs_a_cosine,
+    schedulers_have_their_arguments,
+    a_plateau_needs_validation,
+)

@@ -1,0 +1,261 @@
+"""Axolotl's keys that are not fields here: renamed, accepted without effect, or refused, and why.
+
+A refused key is accepted while it is off: null, false, 0, empty, or a value in OFF.
+Source of the names: Axolotl 0.18's schemas and the YAML files it publishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The key has another name here."""
+
+    to: str
+    why: str = "that is its name now"
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """The key is accepted and does nothing."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The key asks for something that would not happen."""
+
+    why: str
+    remedy: str = "Remove it"
+
+
+Word = Renamed | Ignored | Refused
+
+_RENAMED = {
+    "bfloat16": Renamed("bf16"),
+    "float16": Renamed("fp16"),
+    "dataset_processes": Renamed("dataset_num_proc"),
+    "evaluation_strategy": Renamed("eval_strategy"),
+    "noisy_embedding_alpha": Renamed("neftune_noise_alpha"),
+    "model_revision": Renamed("revision_of_model"),
+    "type_of_model": Renamed("model_type"),
+    "sequence_parallel_degree": Renamed("context_parallel_size"),
+    "context_parapllel_size": Renamed("context_parallel_size", "it is misspelt"),
+    "adam_eps": Renamed("adam_epsilon", "Axolotl has no such key and would ignore it"),
+}
+
+_IGNORED = {
+    "MLflow records every run": """
+        use_mlflow hf_mlflow_log_artifacts use_tensorboard use_otel_metrics otel_metrics_host
+        otel_metrics_port use_wandb wandb_mode wandb_project wandb_entity wandb_name wandb_run_id
+        wandb_watch wandb_log_model use_comet comet_workspace comet_project_name
+        comet_experiment_key comet_mode comet_online comet_experiment_config use_trackio
+        trackio_project_name trackio_run_name trackio_space_id use_swanlab swanlab_project
+        swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace
+        swanlab_log_model swanlab_web_host swanlab_api_host swanlab_log_completions
+        swanlab_completion_log_interval swanlab_completion_max_buffer""",
+    "Regrow chooses its kernels itself": """
+        liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu
+        liger_glu_activation liger_cross_entropy liger_fused_linear_cross_entropy
+        cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks lora_mlp_kernel
+        lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_cross_entropy_loss
+        unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope
+        flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_attn_fuse_qkv
+        flash_attn_d512 flash_optimum fused_attn_kernel use_kernels use_scattermoe use_sonicmoe
+        use_dsv4_kernels use_glm_dsa_kernels expert_backend experts_implementation
+        moe_grouped_backend moe_dequant_chunk_size moe_bnb_fast mlp_kernel large_head_attention
+        sdpa_varlen gemma4_hybrid_attn_impl flex_attn_compile_kwargs tiled_mlp
+        tiled_mlp_num_shards tiled_mlp_use_original_mlp dsv4_fp8_lora_kernel
+        dsv4_shared_mlp_lora_kernel""",
+    "a run resumes by itself where it stopped": """
+        resume_from_checkpoint auto_resume_from_checkpoints save_only_model save_first_step
+        dynamic_checkpoint""",
+    "it saves memory only, and is not here yet": """
+        activation_offloading layer_offloading selective_checkpointing low_cpu_mem_usage
+        gc_steps torch_empty_cache_steps gc_collect_steps lora_on_cpu dataset_keep_in_memory
+        embeddings_skip_upcast""",
+    "Regrow places a run on its devices itself": """
+        device device_map world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb
+        ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config use_ray ray_run_name
+        ray_num_workers resources_per_worker max_memory gpu_memory_limit auto_find_batch_size
+        experimental_skip_move_to_device qlora_sharded_model_loading""",
+    "it changes speed only, and is not here yet": """
+        torch_compile torch_compile_backend torch_compile_mode torch_compile_options deepcompile
+        dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor
+        profiler_steps profiler_steps_start include_tokens_per_second include_tkps""",
+    "prepared data is kept in the artifact store": """
+        dataset_prepared_path num_dataset_shards_to_save skip_prepare_dataset""",
+    "Regrow packs rows its own way, without padding": """
+        sample_packing_group_size sample_packing_bin_size sample_packing_sequentially
+        sample_packing_mp_start_method sample_packing_eff_est sample_packing_seq_len_multiplier
+        total_num_tokens total_supervised_tokens multipack_real_batches batch_flattening
+        pad_to_multiple_of pretrain_multipack_attn pretrain_multipack_buffer_size
+        streaming_multipack_buffer_size group_by_length dataloader_drop_last""",
+    "the model's and the tokenizer's own files decide it": """
+        cls_model_config tokenizer_use_fast tokenizer_legacy tokenizer_save_jinja_files
+        base_model_ignore_patterns is_falcon_derived_model is_llama_derived_model
+        is_mistral_derived_model is_qwen_derived_model lora_fan_in_fan_out torch_dtype""",
+    "the embedding grows by the new tokens only": "resize_token_embeddings_to_32x",
+    "Regrow does not watch for a high loss yet": """
+        loss_watchdog_threshold loss_watchdog_patience""",
+    "answers are generated by the evaluate stage: see eval_prompts and eval_table_size": """
+        generate_samples num_generation_samples generation_max_new_tokens generation_temperature
+        generation_top_p generation_top_k generation_prompt_ratio generation_do_sample""",
+    "merging is a stage of every run with an adapter": "merge_lora merge_method",
+    "the Hugging Face token is taken from the environment": "hf_use_auth_token",
+    "it matters to Axolotl's own working only": """
+        strict debug remove_unused_columns save_safetensors torchdistx_path is_preprocess
+        preprocess_iterable axolotl_config_path test_value full_finetune gradio_title gradio_share
+        gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature""",
+}
+
+_NOT_YET = "{} is not here yet"
+
+_REFUSED: dict[tuple[str, str], str] = {
+    (_NOT_YET.format("preference and reinforcement training"), "Remove it to fine-tune on answers"): """
+        rl trl vllm ebft rl_beta dpo_beta dpo_use_weighting dpo_label_smoothing dpo_loss_type
+        dpo_loss_weights dpo_use_liger_kernel dpo_padding_free dpo_use_logits_to_keep
+        dpo_generate_during_eval dpo_norm_loss rpo_alpha precompute_ref_log_probs orpo_alpha
+        simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight max_prompt_len""",
+    (_NOT_YET.format("reward model training"), "Remove it to fine-tune on answers"): """
+        reward_model process_reward_model num_labels center_rewards_coefficient""",
+    (_NOT_YET.format("training on images or audio"), "Remove it to fine-tune on text"): """
+        processor_type processor_kwargs image_size image_resize_algorithm role_boundaries
+        freeze_mm_modules""",
+    (
+        _NOT_YET.format("streaming from a data set without end"),
+        "Use `datasets` with `type: completion`",
+    ): "pretraining_dataset streaming pretraining_sample_concatenation",
+    (_NOT_YET.format("a quantized base model"), "Use `adapter: lora` on the model in bf16"): """
+        gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama bnb_config_kwargs
+        model_quantization_config model_quantization_config_kwargs quantize_moe_experts
+        use_onebitllms nonexpert_quantization dsv4_fp8_nonexpert_mode dsv4_fp4_grouped_mode
+        dsv4_bf16_all gemma4_fp8_nonexpert gemma4_nf4_nonexpert nvfp4_merge_aware
+        nvfp4_merge_aware_start_step""",
+    (_NOT_YET.format("quantization-aware training or quantizing afterwards"), "Remove it"): """
+        qat quantization llmcompressor""",
+    (_NOT_YET.format("fp8 training"), "Use `bf16: true`"): "fp8 fp8_enable_fsdp_float8_all_gather",
+    (
+        _NOT_YET.format("splitting a model over devices"),
+        "Remove it: each device holds the whole model",
+    ): """
+        dp_shard_size dp_replicate_size tensor_parallel_size context_parallel_size heads_k_stride
+        ring_attn_func expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes
+        expert_parallel_num_rdma_bytes expert_parallel_token_capacity
+        expert_parallel_fallback_on_unsupported fsdp_final_state_dict_type fp32_norms
+        fp32_norm_classes""",
+    (_NOT_YET.format("training chosen weights without an adapter"), "Use `adapter: lora`"): """
+        unfrozen_parameters lisa_n_layers lisa_step_interval lisa_layers_attribute
+        spectrum_top_fraction spectrum_model_name fix_untrained_tokens
+        peft_trainable_token_indices""",
+    (_NOT_YET.format("this kind of adapter"), "Use plain LoRA"): """
+        peft lora_target_parameters lora_exclude_modules lora_rank_pattern lora_alpha_pattern
+        peft_layers_to_transform peft_layers_pattern peft_layer_replication
+        peft_ensure_weight_tying peft_autocast_adapter_dtype relora relora_prune_ratio
+        relora_prune_method relora_cpu_offload mora""",
+    (_NOT_YET.format("this optimizer or learning rate"), "See `optimizer` and `lr_scheduler`"): """
+        loraplus_lr_ratio loraplus_lr_embedding embedding_lr embedding_lr_scale lr_groups
+        optim_args optim_target_modules adam_epsilon2 adam_beta3 dion_lr dion_momentum
+        dion_rank_fraction dion_rank_multiple_of qgalore_rank qgalore_update_proj_gap
+        qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits
+        qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size
+        lr_div_factor lr_quadratic_warmup cosine_constant_lr_ratio jagged_restart_steps
+        jagged_restart_warmup_steps jagged_restart_anneal_steps grokfast_alpha grokfast_lamb""",
+    (
+        "neither Axolotl nor Regrow reads it",
+        "For a lowest learning rate use `cosine_min_lr_ratio`, a share of `learning_rate`",
+    ): "eta_min",
+    (_NOT_YET.format("this training method"), "Remove it"): """
+        trainer_cls diffusion dense_mixer use_eaft eaft_alpha eaft_k use_pose
+        pose_split_on_token_ids pose_max_context_len pose_num_chunks curriculum_sampling
+        liger_use_token_scaling kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_temperature_min
+        kd_beta kd_normalize_topk kd_online_server kd_online_server_base_url kd_online_topk
+        kd_online_timeout hatchery nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone
+        nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout nemo_gym_verify_timeout
+        nemo_gym_run_timeout nemo_gym_datasets nemo_gym_auto_start nemo_gym_model_name
+        nemo_gym_multi_turn nemo_gym_max_turns""",
+    (_NOT_YET.format("changing the model's configuration or weights"), "Remove it"): """
+        overrides_of_model_config overrides_of_model_kwargs model_config model_kwargs
+        reinit_weights shrink_embeddings mean_resizing_embeddings llama4_linearized_experts
+        scaling_softmax scaling_softmax_factor scaling_softmax_bias rope_scaling s2_attention""",
+    (_NOT_YET.format("choosing the best checkpoint or stopping early"), "Remove it"): """
+        early_stopping_patience load_best_model_at_end metric_for_best_model greater_is_better""",
+    (_NOT_YET.format("this evaluation"), "Remove it; `eval_prompts` shows answers"): """
+        do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split
+        lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model""",
+    (_NOT_YET.format("this way of reading chats"), "Put it into the chat template"): """
+        default_system_message chat_template_kwargs added_tokens_overrides
+        tokenizer_use_mistral_common""",
+    (_NOT_YET.format("this way of dividing the data"), "Divide the data beforehand"): """
+        dataset_shard_num dataset_shard_idx shuffle_before_merging_datasets eval_sequence_len""",
+    ("prepared data is kept in the artifact store", "Remove it"): "push_dataset_to_hub",
+    (_NOT_YET.format("choosing a branch on the hub"), "Remove it"): "hub_revision",
+    ("it was replaced", "Use `sequence_len` and `sample_packing: true`"): "max_packed_sequence_len",
+    ("secrets do not belong into a recipe, which is recorded", "Remove it"): """
+        comet_api_key swanlab_api_key swanlab_lark_webhook_url swanlab_lark_secret""",
+    ("it belongs to Axolotl's file for its cloud, not to a recipe", "Remove it"): """
+        provider project_name gpu gpu_count node_count memory memory_preprocess timeout
+        timeout_preprocess branch dockerfile_commands secrets volumes env""",
+}
+
+WORDS: dict[str, Word] = {
+    **_RENAMED,
+    **{name: Ignored(why) for why, names in _IGNORED.items() for name in names.split()},
+    **{name: Refused(*reason) for reason, names in _REFUSED.items() for name in names.split()},
+}
+"""Key -> what becomes of it."""
+
+DATASET_WORDS: dict[str, Word] = {
+    "preprocess_shards": Ignored("data is always prepared in parts"),
+    "train_on_split": Refused("Axolotl and Regrow do not read it", "Use `split`"),
+    "conversation": Refused("it belongs to the removed type sharegpt", "Use `type: chat_template`"),
+    **{
+        name: Refused(_NOT_YET.format("preference and reinforcement training"))
+        for name in "field_chosen field_rejected field_prompt field_completion field_label".split()
+    },
+    **{
+        name: Refused(_NOT_YET.format("process reward training"))
+        for name in "step_separator max_completion_length train_on_last_step_only".split()
+    },
+    **{
+        name: Refused(_NOT_YET.format("this way of reading examples"), "Change the data beforehand")
+        for name in """
+            field_human field_model field_tools field_thinking template_thinking_key
+            message_field_training message_field_training_detail split_thinking
+            drop_system_message input_transform input_format logprobs_field temperature
+            text_column skip""".split()
+    },
+}
+"""The same for the keys of an entry of `datasets` or `test_datasets`."""
+
+OFF: dict[str, tuple[Any, ...]] = {
+    "dp_shard_size": (1,),
+    "dp_replicate_size": (1,),
+    "tensor_parallel_size": (1,),
+    "context_parallel_size": (1,),
+    "expert_parallel_size": (1,),
+    "loraplus_lr_embedding": (1e-6,),  # Axolotl's default, used only with loraplus_lr_ratio
+}
+"""Further values at which a refused key asks for nothing."""
+
+PLUGINS: dict[str, Word] = {
+    **{
+        f"axolotl.integrations.{name}": Ignored("Regrow chooses its kernels itself")
+        for name in (
+            "cut_cross_entropy.CutCrossEntropyPlugin",
+            "liger.LigerPlugin",
+            "kernels.KernelsPlugin",
+        )
+    },
+    "axolotl.integrations.swanlab.SwanLabPlugin": Ignored("MLflow records every run"),
+}
+"""Entries of `plugins`; any other is refused."""
+
+
+def is_off(key: str, value: Any) -> bool:
+    """Whether `value` asks for nothing."""
+    return not value or (not isinstance(value, bool) and value in OFF.get(key, ()))

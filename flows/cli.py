@@ -1,0 +1,147 @@
+"""The command line: `regrow run recipe.yaml --learning_rate 1e-4`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from regrow.configs.faults import RecipeError
+from regrow.flows.progress import say
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line."""
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace, list[str]], int]
+    options: Callable[[argparse.ArgumentParser], None]
+    takes_overrides: bool = True
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file")
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument(
+        "--show", type=int, metavar="N", help="print N examples, trained text marked"
+    )
+
+
+def _prompt(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--prompt", help="what to ask; default: standard input")
+
+
+def _artifact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
+
+
+def _ports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mlflow-port", type=int, default=5000)
+    parser.add_argument("--prefect-port", type=int, default=4200)
+
+
+def _until(last: str) -> Callable[[argparse.Namespace, list[str]], int]:
+    def run(args: argparse.Namespace, overrides: list[str]) -> int:
+        from regrow.flows.commands import run_recipe
+
+        return run_recipe(args.recipe, overrides, last=last, show=getattr(args, "show", None))
+
+    return run
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.commands import show_plan
+
+    return show_plan(args.recipe, overrides)
+
+
+def _status(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.commands import show_status
+
+    return show_status(args.recipe, overrides)
+
+
+def _lineage(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.commands import show_lineage
+
+    return show_lineage(args.artifact, overrides)
+
+
+def _inference(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.talk import answer_once
+
+    return answer_once(args.recipe, overrides, args.prompt)
+
+
+def _chat(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.talk import chat
+
+    return chat(args.recipe, overrides)
+
+
+def _ui(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.pages import serve_pages
+
+    return serve_pages(args.mlflow_port, args.prefect_port)
+
+
+COMMANDS = (
+    Command("run", "run the whole pipeline", _until(""), _recipe),
+    Command("plan", "say what would run, and why", _plan, _recipe),
+    Command("status", "say what is complete, running or missing", _status, _recipe),
+    Command("preprocess", "tokenize and pack the data", _until("prepare"), _show),
+    Command("train", "run up to and including training", _until("train"), _recipe),
+    Command("merge-lora", "run up to and including the merge", _until("merge"), _recipe),
+    Command("evaluate", "run up to and including the evaluation", _until("evaluate"), _recipe),
+    Command("inference", "ask the finished model once", _inference, _prompt),
+    Command("chat", "talk with the finished model", _chat, _recipe),
+    Command("lineage", "where an artifact comes from", _lineage, _artifact),
+    Command("ui", "serve the MLflow and Prefect pages", _ui, _ports, takes_overrides=False),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="regrow",
+        description="Fine-tuning as a pipeline of cached stages.",
+        epilog="Any recipe key can be given too: --learning_rate 1e-4 --datasets.0.path x.jsonl",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        command.options(commands.add_parser(command.name, help=command.help, allow_abbrev=False))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. What a user can mend is one message, without a traceback."""
+    # Long runs write into files and pipes: every line should be there when it is said.
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(line_buffering=True)
+    args, rest = _parser().parse_known_args(argv)
+    command = next(command for command in COMMANDS if command.name == args.command)
+    if rest and not command.takes_overrides:
+        say(f"regrow {command.name}: does not know {' '.join(rest)}", sys.stderr)
+        return 2
+    try:
+        return command.run(args, rest)
+    except RecipeError as error:
+        say(str(error), sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; run the same command again to go on from here", sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0  # the reader of our output left: `regrow plan x | head`
+
+
+if __name__ == "__main__":
+    sys.exit(main())

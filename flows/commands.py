@@ -1,0 +1,118 @@
+"""What the commands do: run, plan, status, lineage. Prefect is imported only by those that run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
+
+from regrow.configs.load import Loaded, load_recipe
+from regrow.flows import show
+from regrow.flows.progress import say
+from regrow.flows.session import Session
+from regrow.flows.workplace import Workplace
+from regrow.infra.artifacts import ArtifactDamaged
+from regrow.infra.hub import HubError
+from regrow.infra.settings import load_settings, quiet_environment
+from regrow.infra.store import StoreError
+from regrow.tasks import lineage
+from regrow.tasks.build import stage_key
+from regrow.tasks.plan import Plan, make_plan
+from regrow.tasks.stage import StageError
+
+_P = ParamSpec("_P")
+
+
+def explains(command: Callable[_P, int]) -> Callable[_P, int]:
+    """Failures that say what is wrong end a command with their message and exit code 1."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except (StageError, StoreError, HubError, ArtifactDamaged) as error:
+            say(f"error: {error}", sys.stderr)
+            return 1
+
+    return run
+
+
+def open_plan(recipe: str, overrides: Sequence[str]) -> tuple[Loaded, Workplace, Plan]:
+    """The recipe, its places and its plan, with what the recipe's reader has to say printed."""
+    quiet_environment()
+    loaded = load_recipe(recipe, overrides)
+    for notice in loaded.notices:
+        say(str(notice))
+    workplace = Workplace(load_settings(), loaded.recipe.store)
+    workplace.artifacts.store.check_writable()
+    return loaded, workplace, make_plan(loaded.recipe, loaded.name, workplace.memo)
+
+
+@explains
+def run_recipe(
+    recipe: str, overrides: Sequence[str], last: str = "", show: int | None = None
+) -> int:
+    """Run the pipeline, up to the stage `last` if given, and print the table of its stages."""
+    loaded, workplace, plan = open_plan(recipe, overrides)
+    if last:
+        plan.upto(last)
+    quiet_environment(ephemeral_server=workplace.settings.prefect_api_url is None)
+    from regrow.flows.finetune import finetune, stages_upto
+
+    if last:
+        state = stages_upto(loaded.recipe, last, loaded.name, return_state=True)
+    else:
+        state = finetune(loaded.recipe, loaded.name, return_state=True)
+    if not state.is_completed():
+        say(f"\nfailed: {state.message}", sys.stderr)
+        say(
+            "Nothing that was complete is lost: mend it and run the same command again.", sys.stderr
+        )
+        return 1
+    _print_end(state.result(), workplace, show)
+    return 0
+
+
+@explains
+def show_plan(recipe: str, overrides: Sequence[str]) -> int:
+    """Print each stage, whether it is in the store, and if not, why it must run."""
+    loaded, workplace, plan = open_plan(recipe, overrides)
+    say(show.plan_table(loaded, workplace, plan))
+    return 0
+
+
+@explains
+def show_status(recipe: str, overrides: Sequence[str]) -> int:
+    """Print what is complete, who builds what now, and which checkpoints a resume would use."""
+    _, workplace, plan = open_plan(recipe, overrides)
+    say(show.status_table(workplace, plan))
+    return 0
+
+
+@explains
+def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
+    """Print the tree of what an artifact, or the last stage of a recipe, was made from."""
+    if artifact.endswith((".yaml", ".yml")):
+        _, workplace, plan = open_plan(artifact, overrides)
+        ready = [r for s in plan.stages if (r := workplace.artifacts.lookup(stage_key(s)))]
+        record = ready[-1] if ready else None
+    else:
+        workplace = Workplace(load_settings())
+        record = workplace.record(artifact)
+    if record is None:
+        raise StageError(
+            f"there is no artifact {artifact!r} in {workplace.store_url}; `regrow plan RECIPE` "
+            "shows the keys of a recipe's stages"
+        )
+    say(lineage.tree(record, workplace.artifacts.lookup))
+    return 0
+
+
+def _print_end(session: Session, workplace: Workplace, shown: int | None) -> None:
+    say("\n" + show.end_table(session, workplace))
+    if shown:
+        from regrow.tasks.prepare.preview import show as show_examples
+
+        record = session.outcomes[0].record
+        say("\n" + show_examples(workplace.artifacts.fetch(record), shown))

@@ -1,0 +1,257 @@
+"""Artifacts: directories in a store, complete when their record is there and invisible before.
+
+Layout below the store's root, for a key such as `stages/<64 hex digits>`:
+
+    <key>/attempt-<id>/<files>     the bytes of one builder's attempt
+    <key>/record.json              written last, created exclusively; names its attempt
+
+Two builders of one key never mix: each writes below its own attempt, one record wins, the loser
+removes its own bytes. Nothing is renamed. A reader believes nothing but the record, and checks
+every file against the size and sha256 that it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from regrow.infra.digests import DigestMemo, sha256_file
+from regrow.infra.settings import load_settings
+from regrow.infra.store import Store
+
+SCHEMA = 1
+"""Version of the record's own form; a reader refuses records of a later one."""
+
+_RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of an artifact."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `record.json` holds: the cache entry and the lineage in one."""
+
+    key: str
+    stage: str
+    spec: Any
+    inputs: Mapping[str, str]
+    """Keys of the input artifacts by input name."""
+    attempt: str
+    files: Mapping[str, FileEntry]
+    result: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    created: str
+    """UTC, ISO 8601."""
+    schema: int = SCHEMA
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+    def to_json(self) -> str:
+        """The record as `record.json` stores it."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Record:
+        """Parse a `record.json`. Raises ValueError when it is not one."""
+        try:
+            data = json.loads(text)
+            if data["schema"] > SCHEMA:
+                raise ValueError(f"schema {data['schema']} was written by a newer Regrow")
+            files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
+            return cls(**{**data, "files": files})
+        except (KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a record: {error!r}") from error
+
+
+class ArtifactDamaged(RuntimeError):  # noqa: N818 (the name says what is the matter)
+    """An artifact's bytes differ from its record."""
+
+    def __init__(self, key: str, file: str, why: str) -> None:
+        super().__init__(f"artifact {key} is damaged: {file}: {why}")
+        self.key, self.file, self.why = key, file, why
+
+
+class ArtifactStore:
+    """Artifacts by key in one store.
+
+    Args:
+        store: where they are.
+        cache: local directory for downloads from a store that is not a local disk.
+        memo: remembers digests of local files, so that an unchanged file is not hashed twice.
+    """
+
+    def __init__(self, store: Store, cache: Path, memo: DigestMemo | None = None) -> None:
+        self.store = store
+        self._cache = cache
+        self._memo = memo or DigestMemo(None)
+
+    @classmethod
+    def open_url(cls, url: str, cache: Path | None = None) -> ArtifactStore:
+        """The artifacts below a URL; `cache` defaults to a folder in the settings' home."""
+        return cls(Store(url), cache or load_settings().home / "cache")
+
+    def lookup(self, key: str) -> Record | None:
+        """The record of a complete artifact, or None. The bytes are not looked at."""
+        try:
+            return Record.from_json(self.store.read_bytes(f"{key}/{_RECORD}"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise ArtifactDamaged(key, _RECORD, str(error)) from error
+
+    def check(self, record: Record) -> None:
+        """Compare the stored bytes with the record.
+
+        On a local disk every file's digest is checked (remembered by size and mtime); on an object
+        store the sizes, the digests then being checked by `fetch`.
+
+        Raises:
+            ArtifactDamaged: naming the first file that differs.
+        """
+        base = f"{record.key}/{record.attempt}"
+        sizes = self.store.sizes(base)
+        for name, entry in record.files.items():
+            if name not in sizes:
+                raise ArtifactDamaged(record.key, name, "the file is missing")
+            if sizes[name] != entry.size:
+                why = f"{sizes[name]} bytes instead of {entry.size}"
+                raise ArtifactDamaged(record.key, name, why)
+        if self.store.local is not None:
+            self._check_digests(record, self.store.local / base)
+
+    def _check_digests(self, record: Record, directory: Path) -> None:
+        for name, entry in record.files.items():
+            if self._memo.sha256(directory / name) != entry.sha256:
+                raise ArtifactDamaged(record.key, name, "the bytes differ from their sha256")
+
+    def fetch(self, record: Record) -> Path:
+        """A local directory with the artifact's verified files; read it, never write to it.
+
+        Raises:
+            ArtifactDamaged: naming the first file that differs from the record.
+        """
+        self.check(record)
+        if self.store.local is not None:
+            return self.store.local / record.key / record.attempt
+        target = self._cache / record.key / record.attempt
+        if target.is_dir() and self._is_intact(record, target):
+            return target
+        return self._download(record, target)
+
+    def _is_intact(self, record: Record, directory: Path) -> bool:
+        try:
+            self._check_digests(record, directory)
+        except (ArtifactDamaged, FileNotFoundError):
+            shutil.rmtree(directory, ignore_errors=True)
+            return False
+        return True
+
+    def _download(self, record: Record, target: Path) -> Path:
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        base = f"{record.key}/{record.attempt}"
+        try:
+            partial.mkdir(parents=True)
+            self.store.get_files([(f"{base}/{name}", partial / name) for name in record.files])
+            self._check_digests(record, partial)
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # not the race of two readers of one artifact: a real fault
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def publish(
+        self,
+        key: str,
+        local_dir: Path,
+        *,
+        stage: str,
+        spec: Any,
+        inputs: Mapping[str, str],
+        result: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Upload a finished directory; when this returns, the artifact is complete.
+
+        On a local store the files are hard-linked: do not change `local_dir` afterwards. When
+        another builder was first, its record is returned and ours leaves no trace.
+        """
+        attempt = f"attempt-{uuid.uuid4().hex[:12]}"
+        paths = {
+            path.relative_to(local_dir).as_posix(): path
+            for path in sorted(local_dir.rglob("*"))
+            if path.is_file()
+        }
+        files = {n: FileEntry(p.stat().st_size, sha256_file(p)) for n, p in paths.items()}
+        self.store.put_files(
+            [(path, f"{key}/{attempt}/{name}") for name, path in paths.items()], link=True
+        )
+        record = Record(
+            key=key,
+            stage=stage,
+            spec=spec,
+            inputs=dict(inputs),
+            attempt=attempt,
+            files=files,
+            result=dict(result),
+            provenance=dict(provenance or {}),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return self._settle(record)
+
+    def _settle(self, record: Record) -> Record:
+        """Create the record, or yield to the one that is there and whole."""
+        name, data = f"{record.key}/{_RECORD}", record.to_json().encode()
+        if not self.store.create(name, data):
+            try:
+                winner = self.lookup(record.key)
+                if winner is not None:
+                    self.check(winner)
+                    self.store.remove(f"{record.key}/{record.attempt}")
+                    return winner
+            except ArtifactDamaged:
+                pass  # what is there cannot be used: ours takes its place
+            self.store.write_bytes(name, data)
+        self._remove_other_attempts(record)
+        return record
+
+    def _remove_other_attempts(self, record: Record) -> None:
+        for folder in self.store.folders(record.key):
+            if folder.startswith("attempt-") and folder != record.attempt:
+                self.store.remove(f"{record.key}/{folder}")
+
+    def remove(self, key: str) -> None:
+        """Remove an artifact: the record first, so that no reader sees a part of it."""
+        self.store.remove(f"{key}/{_RECORD}")
+        self.store.remove(key)
+
+    def children(self, prefix: str) -> list[str]:
+        """Keys of the artifacts, complete or not, directly below `prefix`, sorted."""
+        return [f"{prefix}/{name}" for name in self.store.folders(prefix)]
+
+    def records(self, prefix: str) -> Iterator[Record]:
+        """All readable records directly below `prefix`."""
+        for key in self.children(prefix):
+            try:
+                record = self.lookup(key)
+            except ArtifactDamaged:
+                continue  # listing is for people; a damaged record is named when it is used
+            if record is not None:
+                yield record

@@ -1,0 +1,144 @@
+"""Start worker processes with torchrun, stream what they say, and end them without orphans.
+
+Facts this rests on (measured, shared reference platform.md part B7): torchrun's workers sit in
+sessions of their own, so killing the agent's group leaves them running; the agent told to stop ends
+its workers, after 30 s even those that ignore it; and an agent whose parent died needs the kernel's
+parent-death signal to notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from regrow.infra.settings import child_environment
+
+_GRACE_SECONDS = 40  # the agent needs 30 s for workers that ignore SIGTERM (measured: 31 s)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class WorkerFailed(RuntimeError):  # noqa: N818 (the name says what is the matter)
+    """A worker process ended with an error.
+
+    `message` is the exception of the first rank that failed, `trace` its traceback, `log_path`
+    the file with all output.
+    """
+
+    def __init__(self, message: str, rank: int | None, trace: str, log_path: Path) -> None:
+        super().__init__(message)
+        self.message, self.rank, self.trace, self.log_path = message, rank, trace, log_path
+
+
+def die_with_parent(death_signal: int = signal.SIGTERM) -> None:
+    """Ask the kernel to send `death_signal` to this process when its parent ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
+
+
+def run_workers(
+    module: str,
+    args: Sequence[str],
+    *,
+    num_processes: int,
+    on_line: Callable[[str], None],
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run `python -m module args` in `num_processes` ranks on this machine and wait for the end.
+
+    Args:
+        on_line: gets each line of output as it comes.
+        log_path: all output is appended here too.
+
+    Raises:
+        WorkerFailed: with the exception of the rank that failed first.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.json"
+        environment = child_environment(
+            {"TORCHELASTIC_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": _threads(num_processes)}
+            | dict(env or {})
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={num_processes}", "--max-restarts=0", "-m", module, *args]
+        agent = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            assert agent.stdout is not None
+            with log_path.open("a") as log:
+                _stream(agent.stdout, on_line, log)
+            code = agent.wait()
+        finally:
+            stop_tree(agent)
+        if code != 0:
+            raise _failure(code, error_file, log_path)
+
+
+def _threads(num_processes: int) -> str:
+    """Compute threads a rank, unless the user chose: the cores shared out, so none fight."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return child_environment().get("OMP_NUM_THREADS") or str(max(1, cores // num_processes))
+
+
+def _stream(output: IO[str], on_line: Callable[[str], None], log: IO[str]) -> None:
+    for line in output:
+        log.write(line)
+        log.flush()
+        on_line(line.rstrip("\n"))
+
+
+def stop_tree(process: subprocess.Popen[str], grace_seconds: float = _GRACE_SECONDS) -> None:
+    """End a process and all its descendants: TERM, a time of grace, then KILL."""
+    descendants = _descendants(process.pid)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_seconds)
+    for survivor in [*descendants, *_descendants(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _failure(code: int, error_file: Path, log_path: Path) -> WorkerFailed:
+    """The failing rank's exception, as torchrun's error file gives it (or the exit code)."""
+    if error_file.exists():
+        content = json.loads(error_file.read_text())["message"]
+        if isinstance(content, str):
+            return WorkerFailed(content, None, content, log_path)
+        extra = content.get("extraInfo", {})
+        return WorkerFailed(
+            content["message"], extra.get("rank"), extra.get("py_callstack", ""), log_path
+        )
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return WorkerFailed(f"the worker ended with {name}; see {log_path}", None, "", log_path)

@@ -1,0 +1,82 @@
+"""Keep secrets out of what people read: logs, records, MLflow and model cards."""
+
+from __future__ import annotations
+
+import re
+
+MASK = "***"
+
+# A name is secret by its last word (`hub_token`, `AWS_SECRET_ACCESS_KEY`, `db-password`), so that
+# `eos_token`, `max_tokens` and `dataset_keys`, which are everyday recipe keys, stay readable.
+_SECRET_NAME = (
+    r"(?:[\w.-]*[_.-])?(?:api[_-]?key|apikey|access[_-]?key(?:[_-]?id)?|account[_-]?key"
+    r"|secret[_-]?key|private[_-]?key|client[_-]?secret|secret|password|passwd|passphrase"
+    r"|credentials?|sas[_-]?token|session[_-]?token|security[_-]?token|auth[_-]?token"
+    r"|access[_-]?token|refresh[_-]?token|hub[_-]?token|hf[_-]?token|api[_-]?token"
+    r"|(?:wandb|comet|github|gitlab|mlflow|prefect|use_auth)[\w-]*[_-](?:token|key)|bearer)"
+)
+_NAMED = re.compile(
+    rf"""(?P<head>(?<![\w.-])["']?{_SECRET_NAME}["']?\s*[:=]\s*)"""
+    r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&}\])"']+)""",
+    re.IGNORECASE,
+)
+# A bare `token:` is masked only before a long word: "unknown token: <|im_end|>" is a message about
+# a vocabulary, and 16 characters are fewer than any issuer of access tokens uses.
+_BARE_TOKEN = re.compile(
+    r"""(?P<head>(?<![\w.-])["']?token["']?\s*[:=]\s*["']?)[\w.~+/-]{16,}""", re.IGNORECASE
+)
+_EMPTY = {"", "null", "none", "~", "true", "false", MASK}
+
+_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@\"']+@", re.IGNORECASE)
+# With a digit, so that prose ("bearer certificates") stays.
+_BEARER = re.compile(r"\b(?P<kind>bearer)\s+(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE)
+_AUTHORIZATION = re.compile(
+    r"""(?P<head>\bauthorization["']?\s*[:=]\s*["']?)(?:(?:basic|token)\s+)?[\w.~+/=-]{8,}""",
+    re.IGNORECASE,
+)
+_PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+# Token shapes that their issuers document, so that scanners can find them: Hugging Face, AWS key
+# ids, GitHub, GitLab, OpenAI-style, Slack, Google API keys; and JSON web tokens.
+_KNOWN_SHAPES = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}"
+    r"|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+)
+# Signed URLs carry their secret in the query: S3, Google Cloud Storage and Azure SAS.
+_SIGNED = re.compile(
+    r"(?P<head>[?&](?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)"
+    r"|sig|signature|awsaccesskeyid)=)[^&\s\"']+",
+    re.IGNORECASE,
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value of this name (of a field, a variable, a parameter) must not be shown."""
+    return re.fullmatch(rf"{_SECRET_NAME}|token", name, re.IGNORECASE) is not None
+
+
+def _mask_named(match: re.Match[str]) -> str:
+    value = match["value"]
+    quote = value[0] if value[0] in "\"'" else ""
+    if value.strip("\"'").lower() in _EMPTY:
+        return match[0]
+    return f"{match['head']}{quote}{MASK}{quote}"
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with everything that looks like a secret replaced by `***`.
+
+    Masked are: values of names such as `hub_token`, `password`, `AWS_SECRET_ACCESS_KEY` (in YAML,
+    JSON, `key=value` and query strings), user and password in a URL, signed-URL parameters,
+    `Bearer ...` headers, PEM private keys, and strings of a known token shape (`hf_...`,
+    `AKIA...`, `ghp_...`, ...).
+    Masking twice changes nothing more.
+    """
+    text = _USERINFO.sub(rf"\g<scheme>{MASK}@", text)
+    text = _SIGNED.sub(rf"\g<head>{MASK}", text)
+    text = _BEARER.sub(rf"\g<kind> {MASK}", text)
+    text = _AUTHORIZATION.sub(rf"\g<head>{MASK}", text)
+    text = _PEM.sub(MASK, text)
+    text = _KNOWN_SHAPES.sub(MASK, text)
+    text = _BARE_TOKEN.sub(rf"\g<head>{MASK}", text)
+    return _NAMED.sub(_mask_named, text)

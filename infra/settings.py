@@ -1,0 +1,91 @@
+"""The process environment, read in one place: where things live and what is switched off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Nothing is sent anywhere unless the user asks. MLflow accepts only the word "true"
+# (measured, shared reference platform.md part 0); Prefect and Hugging Face accept it too.
+_TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+# Prefect's ephemeral server serves this one process: its schedulers have nothing to do, and
+# leaving them out shortens every start. A server that the user runs is not touched by these.
+_EPHEMERAL_SERVER = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_EVENT_LOGGER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "true",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says, once per process."""
+
+    home: Path
+    """`REGROW_HOME`, default `.regrow` in the current directory: local store, caches, databases."""
+    store_url: str | None
+    """`REGROW_STORE`: root URL of the artifact store; a recipe's `store` comes first."""
+    tracking_uri: str | None
+    """`MLFLOW_TRACKING_URI`, when MLflow is not the local SQLite file."""
+    prefect_api_url: str | None
+    """`PREFECT_API_URL`; None means an ephemeral server inside this process."""
+    hub_offline: bool
+    """`HF_HUB_OFFLINE`: no request to a model hub is made."""
+    lease_seconds: float
+    """`REGROW_LEASE_SECONDS`: a builder silent for this long has lost its lease."""
+
+
+def load_settings() -> Settings:
+    """The settings of this process; `home` is absolute."""
+    env = os.environ
+    return Settings(
+        home=Path(env.get("REGROW_HOME") or ".regrow").absolute(),
+        store_url=env.get("REGROW_STORE") or None,
+        tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
+        prefect_api_url=env.get("PREFECT_API_URL") or None,
+        hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
+        # Three missed heartbeats of ten seconds: the margin Kubernetes leases use by default
+        # (leaseDuration is several renew periods).
+        lease_seconds=float(env.get("REGROW_LEASE_SECONDS") or 30),
+    )
+
+
+def quiet_environment(ephemeral_server: bool = False) -> None:
+    """Switch telemetry off, and trim the ephemeral Prefect server, where the user said nothing."""
+    defaults = _TELEMETRY_OFF | (_EPHEMERAL_SERVER if ephemeral_server else {})
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process we launch.
+
+    `PYTHONSAFEPATH` keeps the working directory off `sys.path`, where our `kernels/` folder would
+    otherwise stand in front of the package of that name.
+    """
+    return {
+        **os.environ,
+        **_TELEMETRY_OFF,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **(extra or {}),
+    }

@@ -1,0 +1,263 @@
+"""Attention inside each example of a packed row, by the fastest backend this machine has.
+
+Several examples lie one after the other in one row; no token sees another example's tokens.
+
+Shape legend: T tokens of all examples, E examples, N query heads, K key-value heads (N is a
+multiple of K; keys and values are not repeated), H head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+logger = logging.getLogger(__name__)
+
+_HALF_TYPES = (torch.bfloat16, torch.float16)  # all that the flash kernels take
+_MAX_FLASH_HEAD = 256  # head sizes of FlashAttention 2 and 3 (their READMEs)
+_FLASH_HEAD_MULTIPLE = 8  # torch's flash kernel refuses other head sizes
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What does not vary over the tokens."""
+
+    max_seqlen: int
+    scale: float
+    causal: bool
+    sliding_window: int | None
+    softcap: float | None
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(left, right) reach of a query in the flash kernels' words; -1 is unlimited."""
+        left = -1 if self.sliding_window is None else self.sliding_window - 1
+        return left, 0 if self.causal else -1
+
+
+def packed_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v inside each example; returns [T, N, H] in the dtype of q.
+
+    Args:
+        cu_seqlens: int32 [E + 1], example e is tokens cu_seqlens[e] to cu_seqlens[e + 1].
+        max_seqlen: length of the longest example, in tokens.
+        sliding_window: a query sees this many tokens, itself included (needs `causal`).
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+
+    Raises:
+        ValueError: when shapes or options do not fit together.
+    """
+    _check(q_TNH, k_TKH, v_TKH, causal, sliding_window)
+    capped = softcap is not None and softcap != 0.0
+    attend = _backend(q_TNH.device.type, q_TNH.dtype, q_TNH.shape[-1], capped)
+    options = _Options(max_seqlen, scale, causal, sliding_window, softcap if capped else None)
+    return attend(q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, sliding_window: int | None) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            "packed_attention takes q [T, N, H], k and v [T, K, H], not "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    if sliding_window is not None and (sliding_window < 1 or not causal):
+        raise ValueError(f"sliding_window={sliding_window} needs causal attention and >= 1 token")
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, _Options], Tensor]
+
+
+@lru_cache(maxsize=32)
+def _backend(device: str, dtype: torch.dtype, head_size: int, softcap: bool) -> Backend:
+    """The fastest backend that can do all of it; said once for each kind of call."""
+    name, attend, why = _choose(device, dtype, head_size, softcap)
+    place = f"{device} {str(dtype).removeprefix('torch.')}, head size {head_size}"
+    logger.info("packed attention: %s on %s%s", name, place, f" ({why})" if why else "")
+    if device == "cuda" and name == "per_example" and dtype in _HALF_TYPES:
+        logger.warning("packed attention runs example by example here, which is slow: %s", why)
+    return attend
+
+
+def _choose(
+    device: str, dtype: torch.dtype, head_size: int, softcap: bool
+) -> tuple[str, Backend, str]:
+    """(name, function, why nothing faster)."""
+    if device != "cuda" or dtype not in _HALF_TYPES:
+        return "per_example", _per_example, ""
+    if head_size > _MAX_FLASH_HEAD or head_size % _FLASH_HEAD_MULTIPLE:
+        return "per_example", _per_example, f"flash kernels take no head size {head_size}"
+    if _is_installed("flash_attn_interface") and torch.cuda.get_device_capability() == (9, 0):
+        return "flash_attn_3", _flash_attn_3, ""
+    if _is_installed("flash_attn"):
+        return "flash_attn_2", _flash_attn_2, ""
+    if softcap:
+        return "per_example", _per_example, "a soft cap needs the flash-attn package"
+    return "torch_varlen", _torch_varlen, ""
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+# ---- reference, and what runs where no flash kernel does (CPU; float32) ----
+
+
+def _per_example(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+) -> Tensor:
+    """One attention call an example. Reads cu_seqlens on the host: on CUDA that is a sync."""
+    bounds = cu_seqlens.tolist()
+    assert bounds[0] == 0, bounds
+    assert bounds[-1] == q_TNH.shape[0], f"cu_seqlens ends at {bounds[-1]} of {q_TNH.shape[0]}"
+    one = _sdpa if options.softcap is None else _capped
+    parts = [
+        one(_heads_first(q_TNH, a, b), _heads_first(k_TKH, a, b), _heads_first(v_TKH, a, b), options)
+        for a, b in pairwise(bounds)
+        if b > a
+    ]
+    return torch.cat([part_1NLH[0].transpose(0, 1) for part_1NLH in parts])
+
+
+def _heads_first(x_TNH: Tensor, start: int, end: int) -> Tensor:
+    """Tokens start to end as [1, N, L, H]."""
+    return x_TNH[start:end].transpose(0, 1).unsqueeze(0)
+
+
+def _sdpa(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:
+    mask_LL = _window_mask(q_1NLH, options)
+    return scaled_dot_product_attention(
+        q_1NLH,
+        k_1KLH,
+        v_1KLH,
+        attn_mask=mask_LL,
+        is_causal=options.causal and mask_LL is None,
+        scale=options.scale,
+        enable_gqa=q_1NLH.shape[1] != k_1KLH.shape[1],
+    )
+
+
+def _window_mask(q_1NLH: Tensor, options: _Options) -> Tensor | None:
+    """True where a query may look, or None where the window is longer than the example."""
+    length = q_1NLH.shape[2]
+    if options.sliding_window is None or options.sliding_window >= length:
+        return None
+    position = torch.arange(length, device=q_1NLH.device)
+    distance_LL = position[:, None] - position[None, :]
+    return (distance_LL >= 0) & (distance_LL < options.sliding_window)
+
+
+def _capped(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:
+    """The formula written out, with scores in float32; takes L * L memory a head."""
+    assert options.softcap is not None
+    groups = q_1NLH.shape[1] // k_1KLH.shape[1]
+    k_1NLH = k_1KLH.repeat_interleave(groups, dim=1)
+    v_1NLH = v_1KLH.repeat_interleave(groups, dim=1)
+    scores_1NLL = (q_1NLH @ k_1NLH.transpose(2, 3)).float() * options.scale
+    scores_1NLL = options.softcap * torch.tanh(scores_1NLL / options.softcap)
+    mask_LL = _window_mask(q_1NLH, options)
+    if mask_LL is None and options.causal:
+        length = q_1NLH.shape[2]
+        mask_LL = torch.ones(length, length, dtype=torch.bool, device=q_1NLH.device).tril()
+    if mask_LL is not None:
+        scores_1NLL = scores_1NLL.masked_fill(~mask_LL, float("-inf"))
+    return scores_1NLL.softmax(dim=-1).to(v_1NLH.dtype) @ v_1NLH
+
+
+# ---- flash kernels: all examples in one launch ----
+
+
+def _torch_varlen(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+) -> Tensor:
+    """torch.nn.attention.varlen (FlashAttention 2 inside torch)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    length = options.max_seqlen
+    return varlen_attn(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens,
+        cu_seqlens,
+        length,
+        length,
+        scale=options.scale,
+        window_size=options.window,
+        **_varlen_extras(q_TNH.shape[1] != k_TKH.shape[1]),
+    )
+
+
+@lru_cache(maxsize=2)
+def _varlen_extras(grouped: bool) -> dict[str, bool]:
+    """torch 2.13 wants grouped queries announced; 2.11 takes them and has no such argument."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if grouped and "enable_gqa" in known else {}
+
+
+def _flash_attn_2(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return _call_flash(flash_attn_varlen_func, q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+
+
+def _flash_attn_3(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+) -> Tensor:
+    from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+        flash_attn_varlen_func,
+    )
+
+    return _call_flash(flash_attn_varlen_func, q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+
+
+def _call_flash(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens: Tensor,
+    options: _Options,
+) -> Tensor:
+    """FlashAttention 2 and 3 name these arguments alike; early builds of 3 return a tuple."""
+    out = function(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=options.max_seqlen,
+        max_seqlen_k=options.max_seqlen,
+        softmax_scale=options.scale,
+        causal=options.causal,
+        window_size=options.window,
+        softcap=options.softcap or 0.0,
+    )
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,249 @@
+"""Get a stage's artifact: found in the store, waited for, or built now. Knows no Prefect.
+
+What makes a run safe to kill at any moment stands here in one place: an artifact counts only when
+its record is there and its bytes agree; one builder works on a key at a time; a damaged artifact is
+named, removed and built again, and so is a damaged input, while everything else is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.infra import provenance
+from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
+from regrow.infra.lease import Lease
+from regrow.tasks.stage import Reporter, Stage, StageError, StageJob, canonical, fingerprint
+
+_POLL_SECONDS = 1.0  # between two looks at a key that another process builds
+_SETTLE_TRIES = 5  # damaged inputs rebuilt in one stage before we believe the disk is broken
+
+# What the operating system says when the place, not the program, is at fault.
+_PLACE_ERRORS = {
+    errno.ENOSPC: "there is no space left; free some, or set REGROW_HOME to another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or set REGROW_HOME elsewhere",
+    errno.EROFS: "the file system is read-only; set REGROW_HOME to a place that can be written",
+    errno.EACCES: "permission denied; check the owner and mode, or set REGROW_HOME elsewhere",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A stage's artifact and how it came about."""
+
+    stage: Stage
+    record: Record
+    cached: bool
+    """Found complete in the store: nothing was built for it now."""
+    seconds: float
+
+
+def stage_key(stage: Stage) -> str:
+    """Where the stage's artifact is in the store."""
+    return f"stages/{stage.key}"
+
+
+def checkpoint_prefix(stage: Stage) -> str:
+    """Where a training stage's checkpoints are in the store."""
+    return f"checkpoints/{stage.key}"
+
+
+class Builder:
+    """Builds stages into one store.
+
+    Args:
+        artifacts: the store.
+        home: local directory for work in progress and logs.
+        lease_seconds: how long a silent builder keeps a key.
+        still_valid: an extra question asked of a found artifact: None, or why it must be done
+            again (a publication whose target was deleted, say).
+    """
+
+    def __init__(
+        self,
+        artifacts: ArtifactStore,
+        home: Path,
+        lease_seconds: float,
+        still_valid: Callable[[Stage, Record], str | None] = lambda _stage, _record: None,
+    ) -> None:
+        self.artifacts, self._home = artifacts, home
+        self._lease_seconds, self._still_valid = lease_seconds, still_valid
+
+    def find(self, stage: Stage) -> Record | None:
+        """The stage's complete and undamaged record, or None.
+
+        Raises:
+            ArtifactDamaged: when it is there but differs from its record.
+        """
+        record = self.artifacts.lookup(stage_key(stage))
+        if record is None:
+            return None
+        self.artifacts.check(record)
+        why = self._still_valid(stage, record)
+        if why is not None:
+            raise ArtifactDamaged(record.key, "what it made", why)
+        return record
+
+    def build(
+        self,
+        stage: Stage,
+        report: Reporter,
+        tracking: Callable[[], Mapping[str, str] | None] = lambda: None,
+    ) -> Outcome:
+        """The stage's artifact, built now if need be (and its inputs before it).
+
+        Args:
+            tracking: called once, only if the stage really runs; gives where live metrics go.
+
+        Raises:
+            StageError: for a fault the user can mend. Whatever the runner raises is passed on.
+        """
+        begin = time.monotonic()
+        lease = Lease(self.artifacts.store, stage_key(stage), self._lease_seconds)
+        record = self._find_or_tell(stage, report.log)
+        waiting = False
+        while record is None:
+            if lease.try_acquire():
+                with lease:
+                    record = self._find_or_clear(stage)
+                    cached = record is not None
+                    record = record or self._build_now(stage, lease, report, tracking)
+                return Outcome(stage, record, cached, time.monotonic() - begin)
+            if not waiting:
+                report.log(f"{stage.title}: waiting for {lease.holder()}, which builds it")
+                waiting = True
+            time.sleep(_POLL_SECONDS)
+            record = self._find_or_tell(stage, lambda _message: None)
+        return Outcome(stage, record, True, time.monotonic() - begin)
+
+    def _find_or_tell(self, stage: Stage, tell: Callable[[str], None]) -> Record | None:
+        try:
+            return self.find(stage)
+        except ArtifactDamaged as damage:
+            tell(f"{stage.title}: {damage}; it is built again")
+            return None
+
+    def _find_or_clear(self, stage: Stage) -> Record | None:
+        """Like `find`, but removes what cannot be used; call it only with the lease."""
+        try:
+            return self.find(stage)
+        except ArtifactDamaged:
+            self.artifacts.remove(stage_key(stage))
+            return None
+
+    def _build_now(
+        self,
+        stage: Stage,
+        lease: Lease,
+        report: Reporter,
+        tracking: Callable[[], Mapping[str, str] | None],
+    ) -> Record:
+        inputs, results = self._open_inputs(stage, report)
+        work = self._fresh_work_directory(stage)
+        try:
+            job = StageJob(
+                stage=stage,
+                inputs=inputs,
+                input_results=results,
+                out=_new_directory(work / "out"),
+                scratch=_new_directory(work / "scratch"),
+                report=report,
+                units=Units(self.artifacts, work / "units", report),
+                checkpoints=self.artifacts.store.url,
+                tracking=tracking(),
+            )
+            result = stage.function()(job)
+            lease.check()
+            record = self.artifacts.publish(
+                stage_key(stage),
+                job.out,
+                stage=stage.name,
+                spec=canonical(stage.spec),
+                inputs={name: source.key for name, source in stage.inputs.items()},
+                result=canonical(result),
+                provenance=provenance.collect() | {"placement": canonical(stage.placement)},
+            )
+        except OSError as error:
+            raise _explained(error) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        self.artifacts.store.remove(checkpoint_prefix(stage))
+        return record
+
+    def _open_inputs(
+        self, stage: Stage, report: Reporter
+    ) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
+        paths: dict[str, Path] = {}
+        results: dict[str, Mapping[str, Any]] = {}
+        for name, source in stage.inputs.items():
+            record, paths[name] = self._open(source, report)
+            results[name] = record.result
+        return paths, results
+
+    def _open(self, stage: Stage, report: Reporter) -> tuple[Record, Path]:
+        for _ in range(_SETTLE_TRIES):
+            record = self.build(stage, report).record
+            try:
+                return record, self.artifacts.fetch(record)
+            except ArtifactDamaged as damage:
+                report.log(f"{stage.title}: {damage}; it is built again")
+                self.artifacts.remove(stage_key(stage))
+        raise StageError(
+            f"{stage.title}: its artifact was damaged {_SETTLE_TRIES} times in a row in "
+            f"{self.artifacts.store.url}; check that disk or bucket"
+        )
+
+    def _fresh_work_directory(self, stage: Stage) -> Path:
+        root = self._home / "work"
+        # We hold the key's lease: what an earlier attempt on this machine left is nobody's.
+        for leftover in root.glob(f"{stage.key[:16]}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return root / f"{stage.key[:16]}-{uuid.uuid4().hex[:8]}"
+
+
+class Units:
+    """`UnitCache` on an artifact store: parts of a stage, each complete or invisible."""
+
+    def __init__(self, artifacts: ArtifactStore, work: Path, report: Reporter) -> None:
+        self._artifacts, self._work, self._report = artifacts, work, report
+
+    def get_or_build(
+        self, name: str, version: int, spec: Any, build: Callable[[Path], dict[str, Any]]
+    ) -> tuple[Path, dict[str, Any], bool]:
+        """See `UnitCache.get_or_build`."""
+        identity = {"unit": name, "version": version, "spec": spec}
+        key = f"units/{fingerprint(identity)}"
+        try:
+            record = self._artifacts.lookup(key)
+            if record is not None:
+                return self._artifacts.fetch(record), dict(record.result), False
+        except ArtifactDamaged as damage:
+            self._report.log(f"{name}: {damage}; it is built again")
+            self._artifacts.remove(key)
+        out = _new_directory(self._work / uuid.uuid4().hex)
+        result = canonical(build(out))
+        record = self._artifacts.publish(
+            key, out, stage=name, spec=canonical(spec), inputs={}, result=result
+        )
+        shutil.rmtree(out)
+        return self._artifacts.fetch(record), result, True
+
+
+def _new_directory(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def _explained(error: OSError) -> Exception:
+    remedy = _PLACE_ERRORS.get(error.errno or 0)
+    if remedy is None:
+        return error
+    where = f" {error.filename}" if error.filename else ""
+    return StageError(f"cannot write{where}: {os.strerror(error.errno or 0)}: {remedy}")

@@ -1,0 +1,164 @@
+"""Figures as PNG bytes from plain data. The only importer of matplotlib.
+
+Figures are drawn with the object-oriented interface on the Agg canvas: no window system, no state
+shared between threads. Equal data gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+# Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers too.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#5F6B76"
+_SIZE_INCHES, _DPI = (8.0, 4.2), 120
+
+# (name in the scores, title, whether it is a share of one, whether lower is better)
+_SCORES = (
+    ("loss", "Validation loss (nats a token)", False, True),
+    ("perplexity", "Perplexity", False, True),
+    ("token_accuracy", "Token accuracy", True, False),
+    ("exact", "Exact answers", True, False),
+)
+
+
+def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """Training and validation loss over optimizer steps.
+
+    Args:
+        history: records with `step` and `loss` (training) or `eval_loss` (validation), as the
+            train stage's `metrics.jsonl` holds them; others are passed over.
+    """
+    figure, (axes,) = _figure()
+    train = [(r["step"], r["loss"]) for r in history if "loss" in r]
+    validation = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
+    if train:
+        many = len(train) > 100
+        axes.plot(*_columns(train), color=_BLUE, alpha=0.3 if many else 1.0, label="training")
+        if many:
+            smooth = _running_mean(train, len(train) // 50)
+            axes.plot(*_columns(smooth), color=_BLUE, label="training, running mean")
+    if validation:
+        axes.plot(*_columns(validation), color=_ORANGE, marker="o", label="validation")
+        step, value = validation[-1]
+        note = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right"}
+        axes.annotate(f"{value:.3f}", (step, value), color=_ORANGE, **note)
+    axes.set(title="Loss", xlabel="optimizer step", ylabel="mean loss (nats a token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if train or validation:
+        axes.legend(frameon=False)
+    return _png(figure)
+
+
+def length_histogram(hist: Mapping[str, Any]) -> bytes:
+    """How long the examples are.
+
+    Args:
+        hist: `edges` (n + 1 lengths in tokens), `counts` (n), and perhaps `sequence_len`, which is
+            marked.
+    """
+    figure, (axes,) = _figure()
+    _bars(axes, hist)
+    limit = hist.get("sequence_len")
+    if limit:
+        axes.axvline(limit, color=_ORANGE, linestyle="--", label=f"sequence_len {limit:,}")
+        axes.legend(frameon=False)
+    axes.set(title="Length of examples", xlabel="length (tokens)", ylabel="examples")
+    axes.xaxis.set_major_formatter(_thousands())
+    return _png(figure)
+
+
+def packing_fill(hist: Mapping[str, Any]) -> bytes:
+    """How full the packed rows are.
+
+    Args:
+        hist: `edges` (n + 1 shares of `sequence_len`, 0 to 1), `counts` (n rows), and perhaps
+            `mean`, which is marked.
+    """
+    figure, (axes,) = _figure()
+    _bars(axes, hist)
+    mean = hist.get("mean")
+    if mean is not None:
+        axes.axvline(mean, color=_ORANGE, linestyle="--", label=f"mean {100 * mean:.1f} %")
+        axes.legend(frameon=False)
+    axes.set(title="Fill of packed rows", xlabel="share of sequence_len (%)", ylabel="rows")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    return _png(figure)
+
+
+def scores_bar(before: Mapping[str, Any], after: Mapping[str, Any]) -> bytes:
+    """The base model's scores beside the fine-tuned model's, one panel a score.
+
+    Args:
+        before: scores as the evaluate stage gives them; a score that is None or absent on either
+            side is left out.
+        after: the same.
+    """
+    known = [s for s in _SCORES if before.get(s[0]) is not None and after.get(s[0]) is not None]
+    figure, panels = _figure(max(len(known), 1))
+    for axes, (name, title, share, lower) in zip(panels, known, strict=False):
+        values = [float(before[name]), float(after[name])]
+        bars = axes.bar(["before", "after"], values, color=[_GREY, _BLUE], width=0.6)
+        labels = [f"{100 * v:.1f} %" if share else f"{v:.3f}" for v in values]
+        axes.bar_label(bars, labels=labels, padding=3)
+        axes.set_title(f"{title}\n{'lower' if lower else 'higher'} is better", fontsize=9)
+        if share:
+            axes.set_ylim(0, max(*values, 0.01) * 1.2)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            axes.set_ylim(0, max(values) * 1.15 or 1)
+    if not known:
+        panels[0].set_axis_off()
+        panels[0].text(0.5, 0.5, "no score is known on both sides", ha="center")
+    return _png(figure)
+
+
+def _figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def _bars(axes: Axes, hist: Mapping[str, Any]) -> None:
+    edges, counts = list(hist["edges"]), list(hist["counts"])
+    assert len(edges) == len(counts) + 1, "a histogram has one edge more than bars"
+    widths = [right - left for left, right in itertools.pairwise(edges)]
+    axes.bar(edges[:-1], counts, widths, align="edge", color=_BLUE, edgecolor="white")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(_thousands())
+
+
+def _thousands() -> FuncFormatter:
+    return FuncFormatter(lambda value, _position: f"{value:,.0f}")
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _running_mean(points: Sequence[tuple[float, float]], radius: int) -> list[tuple[float, float]]:
+    """Each value averaged with its `radius` neighbours on both sides, as far as there are any."""
+    means = []
+    for i, (step, _) in enumerate(points):
+        window = [value for _, value in points[max(0, i - radius) : i + radius + 1]]
+        means.append((step, sum(window) / len(window)))
+    return means
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without the metadata the bytes would name the version of matplotlib.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,49 @@
+"""The one figure of each stage that people want to see first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def headline(stage: str, result: Mapping[str, Any]) -> str:
+    """A few words from a stage's result, for the table at the end of a run."""
+    write = _HEADLINES.get(stage)
+    return write(result) if write else ""
+
+
+def _prepare(result: Mapping[str, Any]) -> str:
+    train = result["splits"]["train"]
+    fill = f", fill {100 * train['fill']:.1f} %" if "fill" in train else ""
+    return f"{train['examples']:,} examples in {train['rows']:,} rows{fill}"
+
+
+def _train(result: Mapping[str, Any]) -> str:
+    return f"{result['steps']} steps, loss {result['train_loss']:.3f}"
+
+
+def _merge(result: Mapping[str, Any]) -> str:
+    return f"largest logit difference {result['max_logit_difference']:.2g}"
+
+
+def _evaluate(result: Mapping[str, Any]) -> str:
+    after = result.get("scores", result)
+    words = []
+    if after.get("loss") is not None:
+        words.append(f"loss {after['loss']:.3f}")
+    if after.get("exact") is not None:
+        words.append(f"exact {100 * after['exact']:.0f} %")
+    return ", ".join(words)
+
+
+def _publish(result: Mapping[str, Any]) -> str:
+    return f"{len(result['files'])} files to {result['target']}"
+
+
+_HEADLINES = {
+    "prepare": _prepare,
+    "train": _train,
+    "merge": _merge,
+    "evaluate": _evaluate,
+    "publish": _publish,
+}

@@ -1,0 +1,80 @@
+"""What a base model and its tokenizer are: a digest of their files, or a commit on the hub.
+
+Each key holds only what its stage reads: `prepare` the tokenizer's files, `train` and `merge` the
+weights and their configuration. Must not import torch: a plan is made with this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regrow.infra import hub
+from regrow.infra.digests import DigestMemo
+from regrow.tasks.stage import StageError, fingerprint
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+def locate(base: str, revision: str | None, key: str = "base_model") -> str:
+    """Where a model or tokenizer is: an absolute local directory, or a pinned hub place.
+
+    Raises:
+        StageError: for a local path that is not a directory.
+        HubError: when it is neither local nor known to the hub.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(path.absolute())
+    if path.exists():
+        raise StageError(f"{key}: {base} is a file; give the directory of a model")
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise StageError(
+            f"{key}: there is no directory {path.absolute()}. Give the directory of a model in "
+            "safetensors form, or the name of one on the Hugging Face hub (owner/name)"
+        )
+    return hub.pin(base, revision, "model", key)
+
+
+def tokenizer_digest(place: str, memo: DigestMemo) -> str:
+    """Identity of the tokenizer at a place. Raises StageError when there is none."""
+    if hub.is_hub_place(place):
+        return place
+    files = [path for name in _TOKENIZER_FILES if (path := Path(place) / name).is_file()]
+    if not files:
+        raise StageError(
+            f"{place} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES[:5])}); copy one "
+            "there or name another directory with `tokenizer_config`"
+        )
+    return _digest_of(files, memo)
+
+
+def weights_digest(place: str, memo: DigestMemo) -> str:
+    """Identity of weights and configuration at a place. Raises StageError without them."""
+    if hub.is_hub_place(place):
+        return place
+    files = sorted({path for pattern in _WEIGHT_PATTERNS for path in Path(place).glob(pattern)})
+    names = {path.name for path in files}
+    if "config.json" not in names:
+        raise StageError(f"base_model: {place} holds no config.json, so it is not a model")
+    if names == {"config.json"}:
+        raise StageError(
+            f"base_model: {place} holds no .safetensors file; other weight formats are not read. "
+            "Convert it once with Transformers: from_pretrained(...).save_pretrained(...)"
+        )
+    return _digest_of(files, memo)
+
+
+def _digest_of(files: list[Path], memo: DigestMemo) -> str:
+    return fingerprint({path.name: memo.sha256(path) for path in files})

@@ -1,0 +1,109 @@
+"""Puts a LoRA adapter on a base model: float32 adapter weights over a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from regrow.tasks.stage import StageError
+
+SAFE_INITS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq, eva,
+...) change the base or need data, so that the adapter by itself would not hold the result."""
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    target_linear: bool = False,
+    rslora: bool = False,
+    dora: bool = False,
+    init: bool | str = True,
+    modules_to_save: Sequence[str] = (),
+) -> PeftModel:
+    """The model with a fresh adapter; all that trains is float32.
+
+    Args:
+        target_modules: names (endings) of layers, or one regular expression. None and no
+            `target_linear`: PEFT's choice for the architecture.
+        target_linear: every linear layer but the output head, and `target_modules` too.
+        modules_to_save: layers trained whole and stored with the adapter.
+
+    Raises:
+        StageError: an initialisation that is not safe, or targets that the model has not.
+    """
+    if init not in SAFE_INITS:
+        raise StageError(
+            f"peft_init_lora_weights: {init!r} changes the base weights or needs data, which is "
+            f"not supported; choose one of {', '.join(map(str, SAFE_INITS))}"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (floats work too)
+        lora_dropout=dropout,
+        target_modules=_targets(model, target_modules, target_linear),
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights=init,  # pyright: ignore[reportArgumentType]
+        modules_to_save=sorted(modules_to_save) or None,
+    )
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        raise StageError(
+            f"lora_target_modules: no adapter can be put on this model: {error} "
+            "(lora_target_linear: true takes every linear layer)"
+        ) from error
+    _cast_trainable(adapted, torch.float32)
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """The model with the adapter stored in `directory`, frozen.
+
+    Raises:
+        StageError: when the adapter is not there or is of another model.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise StageError(f"{directory} holds no adapter (no adapter_config.json)")
+    try:
+        return PeftModel.from_pretrained(model, str(directory))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise StageError(f"the adapter in {directory} does not fit the model: {error}") from error
+
+
+def _targets(
+    model: PreTrainedModel, named: Sequence[str] | str | None, linear: bool
+) -> str | list[str] | None:
+    if not named:
+        return "all-linear" if linear else None
+    if isinstance(named, str):
+        if linear:
+            raise StageError(
+                f"lora_target_modules: {named!r} is a pattern and cannot be joined with "
+                "lora_target_linear: true; keep one of the two"
+            )
+        return named
+    if not linear:
+        return sorted(named)
+    head = model.get_output_embeddings()
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return sorted(layers | set(named))
+
+
+def _cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
+    """PEFT leaves `modules_to_save` in the base's dtype, where small updates round away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,106 @@
+"""Gives Transformers the packed attention under the name "regrow_packed".
+
+It is for packed rows only: a call without `cu_seq_lens_q` (generation, padded batches, a key-value
+cache) is an error, since the result would be wrong; load with attention="sdpa" for those.
+
+Shape legend: T tokens, N query heads, K key-value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from regrow.kernels.packed_attention import packed_attention
+
+NAME = "regrow_packed"
+"""What to give as `attn_implementation`."""
+
+# Arguments of some models that change the result and that the packed kernels do not have:
+# attention sinks (gpt-oss), learnt biases (T5-like), masked heads.
+_REFUSED = ("s_aux", "position_bias", "head_mask", "cache")
+
+
+def register() -> None:
+    """Make "regrow_packed" known to Transformers; calling it again changes nothing."""
+    AttentionInterface.register(NAME, packed_attention_forward)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query_1NTH: Tensor,
+    key_1KTH: Tensor,
+    value_1KTH: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function Transformers calls in each layer; returns ([1, T, N, H], None).
+
+    Raises:
+        ValueError: for a call that packed attention cannot serve exactly.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or query_1NTH.shape[2] != key_1KTH.shape[2]:
+        raise ValueError(
+            f"attention {NAME!r} serves packed rows only and got no cu_seq_lens_q / max_length_q "
+            'of the whole row; load the model with attention="sdpa" to generate or to use padding'
+        )
+    if attention_mask is not None:
+        raise ValueError(f"attention {NAME!r} takes no attention_mask; cu_seq_lens_q replaces it")
+    if dropout:
+        raise ValueError(
+            f"the model asks for attention dropout {dropout}, which {NAME!r} does not have; "
+            "set it to 0 in the model's config.json"
+        )
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention {NAME!r} has no {name!r}, which this model needs")
+    query, key, value = _in_autocast_dtype(query_1NTH, key_1KTH, value_1KTH)
+    out_TNH = packed_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens_q,
+        max_length_q,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return out_TNH.unsqueeze(0), None
+
+
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rotary embeddings in float32 leave q and k in float32 under autocast; flash kernels would
+    refuse them, and v would differ."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(tensor.to(dtype) for tensor in tensors)
+    return tensors
+
+
+def _no_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> None:
+    """The mask function: packed attention needs none, and refuses what a mask alone could say.
+
+    `use_vmap` is set by Transformers when a model overlays a rule of its own on the causal mask.
+    """
+    if attention_mask is not None:
+        raise ValueError(f"attention {NAME!r} takes no attention_mask; use packed rows")
+    if use_vmap:
+        raise ValueError(f"this model lays a mask of its own over the causal one; {NAME!r} cannot")

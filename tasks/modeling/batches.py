@@ -1,0 +1,74 @@
+"""Turns rows of a prepared artifact into one packed batch for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""The label of a token that is not learnt (torch's `ignore_index` default)."""
+
+_DUMMY_TOKENS = 8  # of a batch without rows; any small number does, 8 keeps kernels aligned
+
+
+class PackedRow(Protocol):
+    """A row as `regrow.tasks.modeling.rows.PackedRows` gives it: numpy arrays."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+    @property
+    def seq_lens(self) -> np.ndarray: ...
+
+
+def flatten(
+    rows: Sequence[PackedRow], pad_to: int | None = None, pad_token_id: int = 0
+) -> dict[str, Any]:
+    """The rows, one after the other, as the keyword arguments of a Transformers model.
+
+    Returns `input_ids`, `labels` and `position_ids` as int64 [1, T]; `cu_seq_lens_q` and
+    `cu_seq_lens_k` as int32 [examples + 1]; `max_length_q` and `max_length_k` as int. Labels are
+    not shifted (the model does that). Padding up to `pad_to` tokens is one more segment without
+    labels. No rows at all give a short batch of padding: a loss of zero with zero gradients.
+
+    Raises:
+        ValueError: when the rows hold more than `pad_to` tokens.
+    """
+    lengths = [int(length) for row in rows for length in row.seq_lens]
+    tokens = sum(lengths)
+    padding = _padding(tokens, pad_to)
+    input_ids = np.full(tokens + padding, pad_token_id, dtype=np.int64)
+    labels = np.full(tokens + padding, IGNORED, dtype=np.int64)
+    if rows:
+        input_ids[:tokens] = np.concatenate([row.input_ids for row in rows])
+        learnt = np.concatenate([row.loss_mask for row in rows]).astype(bool)
+        labels[:tokens][learnt] = input_ids[:tokens][learnt]
+    if padding:
+        lengths.append(padding)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    starts = cu_seqlens[:-1]
+    assert (labels[starts] == IGNORED).all(), "the first token of an example has no predecessor"
+    position_ids = np.arange(len(input_ids)) - np.repeat(starts, lengths)
+    longest = max(lengths)
+    cu_seqlens = torch.from_numpy(cu_seqlens)
+    return {
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(position_ids)[None],
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _padding(tokens: int, pad_to: int | None) -> int:
+    if pad_to is None:
+        return 0 if tokens else _DUMMY_TOKENS
+    if tokens > pad_to:
+        raise ValueError(f"the rows hold {tokens} tokens, more than pad_to={pad_to}")
+    return pad_to - tokens

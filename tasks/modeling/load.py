@@ -1,0 +1,154 @@
+"""Loads a model and a tokenizer from a local directory, with errors a person can act on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from regrow.tasks.modeling import attention as packed
+from regrow.tasks.stage import StageError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Names of dtypes in specs."""
+
+# What the packed attention keeps apart by example. Other layer types (linear attention, state
+# spaces, chunked attention) carry state over the border between examples.
+_SEPARABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str,
+    attention: str = packed.NAME,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model in `path`, on the CPU, weights in `dtype`.
+
+    Args:
+        dtype: a name in `DTYPES`.
+        attention: "regrow_packed" for packed rows, "sdpa" for generation and padded batches.
+
+    Raises:
+        StageError: a file is missing, the architecture is unknown, weights do not fit the
+            architecture, or the model cannot be trained on packed rows.
+    """
+    directory = _model_directory(path)
+    config = _load_config(directory, trust_remote_code)
+    if attention == packed.NAME:
+        packed.register()
+        _check_separable(config, directory)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
+    _check_weights(report, directory)
+    if attention == packed.NAME and not type(model).is_backend_compatible():
+        raise StageError(
+            f"{type(model).__name__} in {directory} does not let Regrow replace its attention, so "
+            "packed examples would see each other; choose a model of a newer architecture"
+        )
+    return model
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `path`.
+
+    Raises:
+        StageError: there is none, or it cannot be read.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise StageError(f"there is no tokenizer directory {directory}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        raise StageError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+
+
+def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
+    """Give the model an embedding for every token id below `num_tokens`; returns how many are new.
+
+    A new embedding is the mean of the old ones (Hewitt 2021, "Initializing new word embeddings
+    for pretrained language models"): no random numbers, so that merging finds the same ones.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if num_tokens <= old:
+        return 0
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                weight = layer.weight
+                weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    return num_tokens - old
+
+
+def _model_directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise StageError(f"base_model: there is no directory {directory}")
+    if not (directory / "config.json").is_file():
+        raise StageError(f"base_model: {directory} has no config.json, so it is no model directory")
+    if not list(directory.glob("*.safetensors")):
+        found = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt"})
+        pickles = f" ({', '.join(found)} are pickles, which are not opened)" if found else ""
+        raise StageError(
+            f"base_model: {directory} holds no *.safetensors{pickles}; "
+            "convert the weights to safetensors first"
+        )
+    return directory
+
+
+def _load_config(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise StageError(
+            f"the config.json in {directory} is not of an architecture that this Transformers "
+            f"knows (a newer version may): {error}"
+        ) from error
+
+
+def _check_separable(config: Any, directory: Path) -> None:
+    text = config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - _SEPARABLE_LAYERS
+    if getattr(text, "attention_chunk_size", None):
+        others.add("chunked_attention")
+    if others:
+        raise StageError(
+            f"the model in {directory} has layers of type {', '.join(sorted(others))}, which would "
+            "carry state from one packed example into the next; Regrow cannot train it yet"
+        )
+
+
+def _check_weights(report: dict[str, Any], directory: Path) -> None:
+    """Weights that are missing would be random numbers, in silence."""
+    missing = sorted(str(key) for key in report.get("missing_keys", ()))
+    wrong = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    for what, names in (("lack", missing), ("have the wrong shape for", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise StageError(
+                f"the weights in {directory} {what} {', '.join(names[:3])}{more}; "
+                "the files do not belong to this config.json, or are incomplete"
+            )
+    unused = sorted(str(key) for key in report.get("unexpected_keys", ()))
+    if unused:
+        logger.warning("%d weights in %s are not used: %s", len(unused), directory, unused[:3])

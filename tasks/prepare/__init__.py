@@ -1,0 +1,1 @@
+"""The stage that turns source files into packed rows of tokens with their loss masks."""

@@ -1,0 +1,67 @@
+"""What a format makes of one row: a document of text segments, or a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class RowError(ValueError):
+    """A row that cannot be read as its format says; the caller adds the file and the row number."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text, and whether the model learns to write it."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """Segments one after the other, ended by the tokenizer's eos token, which is trained."""
+
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that a chat template renders, and which of them are trained."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """What the template gets: `role`, `content`, and whatever else the row has."""
+    trained: tuple[bool, ...]
+    """One flag for each message."""
+    tools: tuple[Any, ...] | None = None
+
+
+def text_column(row: Mapping[str, Any], name: str, key: str, default: str | None = None) -> str:
+    """The text in column `name`.
+
+    Args:
+        key: the recipe key that names the column, for the error.
+        default: what an absent or null column means; None makes it an error.
+
+    Raises:
+        RowError: when the column is absent, null or not text.
+    """
+    if row.get(name) is None and default is not None:
+        return default
+    if name not in row:
+        raise no_such_column(row, name, key)
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowError(f"column {name!r} must hold text, not {_kind(value)}")
+    return value
+
+
+def no_such_column(row: Mapping[str, Any], name: str, key: str) -> RowError:
+    """The error for a column that is not there; it lists those that are."""
+    there = ", ".join(map(repr, row)) or "no columns at all"
+    return RowError(f"no column {name!r}; the row has {there}. Name the right one with `{key}`")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"

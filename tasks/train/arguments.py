@@ -1,0 +1,97 @@
+"""Spec and placement in the words of Transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.spec import TrainPlacement, TrainSpec
+
+
+def use_cpu(device: str) -> bool:
+    """Whether to train on the CPU.
+
+    Raises:
+        StageError: CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StageError('device "cuda" is asked for, but torch sees no CUDA device')
+    return device == "cpu" or not torch.cuda.is_available()
+
+
+def training_arguments(
+    spec: TrainSpec,
+    placement: TrainPlacement,
+    *,
+    scratch: Path,
+) -> TrainingArguments:
+    """The arguments known before the ranks have met; see `with_steps`. Joins the process group.
+
+    Reports, evaluations and saves are off here: `FollowSchedule` asks for them.
+
+    Raises:
+        StageError: for a setting that Transformers refuses.
+    """
+    settings: dict[str, Any] = {
+        "output_dir": str(scratch),
+        "seed": spec.seed,
+        "optim": spec.optimizer,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.lr_scheduler,
+        "lr_scheduler_kwargs": dict(spec.lr_scheduler_kwargs),
+        "weight_decay": spec.weight_decay,
+        "adam_beta1": spec.adam_beta1,
+        "adam_beta2": spec.adam_beta2,
+        "adam_epsilon": spec.adam_epsilon,
+        "max_grad_norm": spec.max_grad_norm,
+        "average_tokens_across_devices": True,
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": use_cpu(placement.device),
+        "ddp_find_unused_parameters": False,
+        "dataloader_num_workers": placement.dataloader_num_workers,
+        **_checkpointing(placement),
+    }
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise StageError(f"Transformers refuses the training settings: {error}") from error
+
+
+def with_steps(
+    args: TrainingArguments, *, total: int, warmup: int, micro_batch_size: int, accumulation: int
+) -> TrainingArguments:
+    """The arguments with what follows from the data and the number of ranks.
+
+    All epochs are one "epoch" to the Trainer: our data order counts steps through all of them.
+    """
+    changes = {
+        "max_steps": total,
+        "warmup_steps": warmup,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+    }
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def _checkpointing(placement: TrainPlacement) -> dict[str, Any]:
+    """Transformers 5.23 renamed gradient_checkpointing to activation_checkpointing."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    prefix = "activation" if "activation_checkpointing" in known else "gradient"
+    return {
+        f"{prefix}_checkpointing": placement.gradient_checkpointing,
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": placement.use_reentrant},
+    }

@@ -1,0 +1,80 @@
+"""What the worker is told: `job.json`, written by the stage (or by hand), read by every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.tasks.stage import canonical
+from regrow.tasks.train.spec import TrainPlacement, TrainSpec
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """Where durable checkpoints are: below `key` in the artifact store at `url`."""
+
+    url: str
+    key: str
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """One training run."""
+
+    spec: TrainSpec
+    placement: TrainPlacement
+    prepared: Path
+    """Directory of the prepared artifact."""
+    base_model: Path
+    """Local directory of the base model."""
+    out: Path
+    """Directory for the adapter or the weights; only finished files of the result go there."""
+    work: Path
+    """Directory of this attempt: metrics.jsonl, result.json, unfinished checkpoints."""
+    checkpoints: CheckpointPlace | None = None
+    """None: nothing is saved before the end."""
+    tracking: Mapping[str, str] | None = None
+    """{"uri", "run_id"} of an MLflow run for live metrics, or None."""
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a line; see `regrow.tasks.train.metrics`."""
+        return self.work / "metrics.jsonl"
+
+    @property
+    def result_path(self) -> Path:
+        """What the worker found, written last."""
+        return self.work / "result.json"
+
+    def write(self, path: Path) -> None:
+        """Store as JSON, paths as text."""
+        data = {
+            "spec": canonical(self.spec),
+            "placement": canonical(self.placement),
+            "prepared": str(self.prepared),
+            "base_model": str(self.base_model),
+            "out": str(self.out),
+            "work": str(self.work),
+            "checkpoints": canonical(self.checkpoints),
+            "tracking": dict(self.tracking) if self.tracking else None,
+        }
+        path.write_text(json.dumps(data, indent=1, sort_keys=True))
+
+    @classmethod
+    def read(cls, path: Path) -> WorkerJob:
+        """Parse what `write` wrote."""
+        data: dict[str, Any] = json.loads(path.read_text())
+        place = data.get("checkpoints")
+        return cls(
+            spec=TrainSpec.from_json(data["spec"]),
+            placement=TrainPlacement.from_json(data["placement"]),
+            prepared=Path(data["prepared"]),
+            base_model=Path(data["base_model"]),
+            out=Path(data["out"]),
+            work=Path(data["work"]),
+            checkpoints=CheckpointPlace(**place) if place else None,
+            tracking=data.get("tracking"),
+        )

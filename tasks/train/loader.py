@@ -1,0 +1,98 @@
+"""Reads the rows of each micro-batch and puts them on the way to the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from regrow.tasks.modeling.batches import PackedRow, flatten
+from regrow.tasks.train.order import Split
+
+TOKENS, SUPERVISED = "num_tokens", "num_supervised"
+"""Counts a batch carries beside the model's inputs; the loop takes them out."""
+
+
+class Rows(Protocol):
+    """A split of the prepared artifact."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> PackedRow: ...
+
+
+class Order(Protocol):
+    """Which rows a step reads."""
+
+    def rows(self, step: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class FileOrder:
+    """Rows as they lie in the files, each once: the order of a validation."""
+
+    num_rows: int
+    rows_per_step: int
+
+    @property
+    def steps(self) -> int:
+        """Steps that cover all rows."""
+        return math.ceil(self.num_rows / self.rows_per_step)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row indices of a step: int64, 1 to `rows_per_step` of them."""
+        start = step * self.rows_per_step
+        return np.arange(start, min(start + self.rows_per_step, self.num_rows))
+
+
+class MicroBatches(Dataset[dict[str, Any]]):
+    """All micro-batches of one rank, numbered through all steps (and so through all epochs).
+
+    The number alone says which rows a micro-batch holds: any of them can be read without those
+    before it, which is what makes resuming exact and free.
+    """
+
+    def __init__(
+        self, rows: Rows, order: Order, split: Split, rank: int, steps: int, pad_to: int | None
+    ) -> None:
+        self._rows, self._order, self._split, self._rank = rows, order, split, rank
+        self._length = steps * split.accumulation
+        self._pad_to = None if pad_to is None else pad_to * split.micro_batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, micro = divmod(index, self._split.accumulation)
+        indices = self._split.rows(self._order.rows(step), self._rank, micro)
+        rows = [self._rows[int(row)] for row in indices]
+        return flatten(rows, self._pad_to) | {
+            TOKENS: sum(len(row.input_ids) for row in rows),
+            SUPERVISED: sum(int(row.loss_mask.sum()) for row in rows),
+        }
+
+
+def make_loader(batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """The micro-batches in order, one at a time.
+
+    The loader has a random generator of its own, since it draws a number from the global one at
+    each start otherwise, and an evaluation would then change the dropout that follows.
+    """
+    return DataLoader(
+        batches,
+        batch_size=1,
+        collate_fn=_only,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
+def _only(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A "batch" of the loader is one micro-batch, which is a batch already."""
+    (batch,) = batches
+    return batch

@@ -1,0 +1,40 @@
+"""NEFTune: uniform noise on the embeddings while training (Jain et al. 2023, arXiv 2310.05914).
+
+Transformers has it too, but scales by the length of the whole row; a packed row is many examples,
+and the noise of each must follow its own length, or it would shrink with packing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+
+class EmbeddingNoise:
+    """Adds uniform(-1, 1) * alpha / sqrt(length * width) to each token's embedding in training."""
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._cu_seqlens: Tensor | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Hook the noise into the model's input embedding, for good."""
+        model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._cu_seqlens = kwargs["cu_seq_lens_q"]
+
+    def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        assert self._cu_seqlens is not None
+        tokens, width = output.shape[1:]
+        lengths = self._cu_seqlens.diff()
+        per_token = torch.repeat_interleave(lengths, lengths, output_size=tokens)
+        scale = self._alpha / (per_token * width).sqrt()
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * scale[None, :, None].to(output.dtype)

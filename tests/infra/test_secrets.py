@@ -1,0 +1,60 @@
+"""Secrets never survive `mask_secrets`; everyday recipe text does."""
+
+import pytest
+
+from regrow.infra.secrets import MASK, mask_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("hub_token: abcd1234", "abcd1234"),
+        ('{"password": "p w, with: marks"}', "p w, with: marks"),
+        ("'wandb_api_key': 'k-123'", "k-123"),
+        ("export AWS_SECRET_ACCESS_KEY=abc/def+123", "abc/def+123"),
+        ("aws_access_key_id = something", "something"),
+        ("MLFLOW_TRACKING_TOKEN=tt77", "tt77"),
+        ("storage_options: {secret: hush, region: eu}", "hush"),
+        ("client_kwargs.api_key=zzz", "zzz"),
+        ("token: 0123456789abcdefghij", "0123456789abcdefghij"),
+        ("clone https://user:pa55@host/repo", "user:pa55"),
+        ("s3://KEY:SECRET@bucket/path", "SECRET"),
+        ("using hf_AbCdEfGhIjKlMnOpQr now", "hf_AbCdEfGhIjKlMnOpQr"),
+        ("id AKIAIOSFODNN7EXAMPLE.", "AKIAIOSFODNN7EXAMPLE"),
+        ("ghp_0123456789abcdefABCDEF", "ghp_0123456789abcdefABCDEF"),
+        ("Authorization: Bearer abc.def-0123", "abc.def-0123"),
+        ("authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
+        ("https://b.s3/x?X-Amz-Signature=deadbeef&y=1", "deadbeef"),
+        ("https://a.blob/x?sv=1&sig=abc%2Fdef", "abc%2Fdef"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE"),
+    ],
+)
+def test_no_secret_survives(text: str, secret: str) -> None:
+    masked = mask_secrets(text)
+    assert secret not in masked
+    assert MASK in masked
+    assert mask_secrets(masked) == masked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "special_tokens:\n  pad_token: <|endoftext|>\n  eos_token: '</s>'",
+        "max_new_tokens: 128\nnum_tokens=920000",
+        "hub_token: null",
+        "use_auth_token: true",
+        "unknown token: <|im_end|>",
+        "base_model: HuggingFaceTB/SmolLM2-135M\nlearning_rate: 2e-4",
+        "s3://bucket/path/to/shard-00000.arrow",
+        "mail me@example.org about basic arithmetic and bearer certificates",
+        "key: 0b67cc79\nstage.key=4f",
+        "datasets:\n  - path: data.jsonl\n    field_messages: conversations",
+    ],
+)
+def test_everyday_text_is_unchanged(text: str) -> None:
+    assert mask_secrets(text) == text
+
+
+def test_the_rest_of_the_line_stays() -> None:
+    text = "https://me:pw@host:5000/a?b=c and hub_token: xyz, region: eu"
+    assert mask_secrets(text) == "https://***@host:5000/a?b=c and hub_token: ***, region: eu"

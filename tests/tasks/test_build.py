@@ -1,0 +1,147 @@
+"""A stage is built once, found again, rebuilt when damaged, and never seen half-done."""
+
+import errno
+import threading
+from dataclasses import dataclass
+
+import pytest
+from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
+from regrow.tasks.build import Builder, Units, stage_key
+from regrow.tasks.stage import Stage, StageError
+
+
+@dataclass(frozen=True)
+class Spec:
+    text: str
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def progress(self, done, total, unit, note="") -> None: ...
+
+
+RUNS: list[str] = []
+
+
+def write_text(job):
+    """A stage that writes its text after the texts of its inputs."""
+    RUNS.append(job.spec.text)
+    before = "".join((path / "text").read_text() for path in job.inputs.values())
+    (job.out / "text").write_text(before + job.spec.text)
+    return {"length": len(before + job.spec.text)}
+
+
+def fill_the_disk(job):
+    (job.out / "text").write_text("half")
+    raise OSError(errno.ENOSPC, "No space left on device", "out/text")
+
+
+def stage(text: str, runner: str = "write_text", version: int = 1, **inputs: Stage) -> Stage:
+    return Stage(f"stage-{text}", version, Spec(text), f"{__name__}:{runner}", inputs)
+
+
+@pytest.fixture
+def builder(tmp_path):
+    RUNS.clear()
+    artifacts = ArtifactStore.open_url(str(tmp_path / "store"), tmp_path / "cache")
+    return Builder(artifacts, tmp_path / "home", lease_seconds=5)
+
+
+@pytest.fixture
+def report():
+    return Lines()
+
+
+def text_of(builder, outcome) -> str:
+    return (builder.artifacts.fetch(outcome.record) / "text").read_text()
+
+
+def test_second_build_is_cached(builder, report):
+    first, second = builder.build(stage("a"), report), builder.build(stage("a"), report)
+    assert (first.cached, second.cached, RUNS) == (False, True, ["a"])
+    assert second.record == first.record
+
+
+def test_inputs_are_built_first_and_their_keys_recorded(builder, report):
+    a = stage("a")
+    outcome = builder.build(stage("b", data=a), report)
+    assert text_of(builder, outcome) == "ab"
+    assert outcome.record.inputs == {"data": a.key}
+
+
+def test_spec_version_and_inputs_enter_the_key_and_placement_does_not():
+    plain = stage("a")
+    moved = Stage(plain.name, 1, plain.spec, plain.runner, placement={"num_processes": 8})
+    assert moved.key == plain.key
+    others = {stage("b").key, stage("a", version=2).key, stage("a", data=stage("b")).key}
+    assert len(others | {plain.key}) == 4
+
+
+def test_damaged_input_is_named_and_rebuilt_and_the_rest_is_kept(builder, report):
+    a, other = stage("a"), stage("other")
+    for ready in (a, other):
+        builder.build(ready, report)
+    record = builder.artifacts.lookup(stage_key(a))
+    builder.artifacts.store.write_bytes(f"{record.key}/{record.attempt}/text", b"A")
+    outcome = builder.build(stage("b", data=a, more=other), report)
+    assert text_of(builder, outcome) == "aotherb"
+    assert RUNS == ["a", "other", "a", "b"]
+    assert any("damaged: text" in line for line in report.lines)
+
+
+def test_failed_stage_leaves_nothing_to_be_found(builder, report, tmp_path):
+    broken = stage("x", "fill_the_disk")
+    with pytest.raises(StageError, match=r"no space left.*REGROW_HOME"):
+        builder.build(broken, report)
+    assert builder.artifacts.lookup(stage_key(broken)) is None
+    assert list((tmp_path / "home" / "work").iterdir()) == []
+
+
+def test_two_builders_at_once_build_once(builder, report):
+    outcomes = []
+    threads = [
+        threading.Thread(target=lambda: outcomes.append(builder.build(stage("a"), report)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert RUNS == ["a"]
+    assert sorted(outcome.cached for outcome in outcomes) == [False, True, True, True]
+
+
+def test_lost_delivery_is_done_again(builder, report):
+    lost = ["the target was deleted"]
+    builder._still_valid = lambda _stage, _record: lost.pop() if lost else None
+    builder.build(stage("a"), report)
+    lost.append("the target was deleted")
+    assert not builder.build(stage("a"), report).cached
+    assert builder.build(stage("a"), report).cached
+
+
+def test_find_raises_on_damage_so_that_plan_can_say_it(builder, report):
+    record = builder.build(stage("a"), report).record
+    builder.artifacts.store.remove(f"{record.key}/{record.attempt}/text")
+    with pytest.raises(ArtifactDamaged, match="text"):
+        builder.find(stage("a"))
+
+
+def test_unit_is_built_once_and_found_by_the_next_attempt(builder, report, tmp_path):
+    built = []
+
+    def make(out):
+        built.append(out)
+        (out / "part").write_text("p")
+        return {"n": 1}
+
+    first = Units(builder.artifacts, tmp_path / "u1", report).get_or_build("u", 1, {"s": 1}, make)
+    again = Units(builder.artifacts, tmp_path / "u2", report).get_or_build("u", 1, {"s": 1}, make)
+    assert (first[2], again[2], len(built)) == (True, False, 1)
+    assert (again[0] / "part").read_text() == "p"
+    assert again[1] == {"n": 1}
