@@ -30,6 +30,7 @@ ui: $(VENV)/ready
 
 reference: $(VENV)/ready
 	$(BIN)/python -m regrow.configs.reference > configs/REFERENCE.md
+	$(BIN)/python tests/file_map.py
 
 clean:
 	rm -rf .regrow outputs build *.egg-info

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Path
 from regrow.configs.recipe import Recipe
-from regrow.configs.rules import ALL_RULES
+from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.vocabulary import WORDS
 
 _STAND_INS: dict[str, Any] = {
@@ -24,7 +24,6 @@ _STAND_INS: dict[str, Any] = {
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
-    "number": "a number",
     "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
@@ -74,8 +73,7 @@ def _report(draft: Draft, error: ValidationError) -> set[Path]:
         elif kind == "missing":
             draft.fault(path, "this key is required", _meaning(path))
         else:
-            why = " or ".join(dict.fromkeys(_why(detail) for detail in details))
-            draft.fault(path, why, _remedy(path, details[0]))
+            draft.fault(path, _why_of(details), _remedy(path, details[0]))
     return set(found)
 
 
@@ -91,6 +89,12 @@ def _real_path(data: Any, loc: tuple[int | str, ...], kind: str) -> Path:
         path.append(part)
         data = data[part] if inside or part < len(data) else None  # type: ignore[operator]
     return tuple(path)
+
+
+def _why_of(details: list[dict[str, Any]]) -> str:
+    """One reason for the branches of a union: expected a number or one of these words."""
+    first, *others = dict.fromkeys(_why(detail) for detail in details)
+    return " or ".join([first, *(other.removeprefix("expected ") for other in others)])
 
 
 def _why(detail: dict[str, Any]) -> str:
@@ -114,7 +118,7 @@ def _remedy(path: Path, detail: dict[str, Any]) -> str:
 
 def _field(path: Path) -> FieldInfo | None:
     """The field that `path` names, if there is one."""
-    model: Any = Recipe
+    model: type[BaseModel] | None = Recipe
     field: FieldInfo | None = None
     for part in path:
         if isinstance(part, int):

@@ -38,7 +38,9 @@ def fill_in(recipe: Recipe, given: frozenset[str], draft: Draft) -> Recipe:
     return recipe
 
 
-def accumulation_follows_batch_size(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+def accumulation_follows_batch_size(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Set | Notice]:
     """Axolotl: gradient_accumulation_steps = batch_size // micro_batch_size."""
     if recipe.batch_size and "gradient_accumulation_steps" not in given:
         steps = max(1, recipe.batch_size // recipe.micro_batch_size)
@@ -102,7 +104,7 @@ def sequence_len_is_axolotls(recipe: Recipe, given: frozenset[str]) -> Iterator[
 
 
 def warmup_is_axolotls(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
-    """Axolotl: 3 % of all steps, at most 100 steps; the cap needs the number of steps, so not here."""
+    """Axolotl: 3 % of all steps, at most 100; the cap needs the number of steps, so not here."""
     no_warmup = ("constant", "reduce_lr_on_plateau")
     if recipe.warmup_steps is None and recipe.warmup_ratio is None:
         if recipe.lr_scheduler in no_warmup:
@@ -178,14 +180,10 @@ def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Noti
         why = f"{recipe.optimizer} needs bitsandbytes: install regrow[gpu] where training runs"
         yield Notice("note", ("optimizer",), why)
     if recipe.max_steps and "num_epochs" in given:
-        why = f"training ends after {recipe.max_steps} steps or {recipe.num_epochs:g} epochs"
-        yield Notice("note", ("max_steps",), f"{why}, whichever is first")
+        yield Notice("ignored", ("num_epochs",), f"`max_steps: {recipe.max_steps}` decides")
     if recipe.hub_model_id and recipe.hub_strategy != "end":
         why = "only the finished model is pushed"
         yield Notice("ignored", ("hub_strategy",), why)
-    if recipe.pad_to_sequence_len:
-        why = "rows are not padded here, and the result is the same"
-        yield Notice("ignored", ("pad_to_sequence_len",), why)
 
 
 _DEFAULTS: tuple[Default, ...] = (

@@ -1,4 +1,4 @@
-"""A recipe on its way: plain data with lines, faults and notices, while it is renamed and checked."""
+"""A recipe on its way: plain data with lines, faults and notices, as the phases see it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Draft:
         if path in self.written:
             path, shown = self.written[path]
         overridden = self.is_overridden(path)
-        line = None if overridden else self.lines.get(path)
+        # What is missing from an entry has no line: that of the entry will do.
+        line = None if overridden else self.lines.get(path) or self.lines.get(path[:-1])
         if isinstance(shown, (dict, list, tuple)):
             shown = None  # a whole block is no help on one line
         self.faults.append(Fault(dotted(path), shown, line, why, remedy, overridden))
@@ -66,7 +67,8 @@ class Draft:
         """Take `old` away and put `value` at `new`, which messages go on calling `old`."""
         parent = self.value(old[:-1])
         target = self.value(new[:-1])
-        assert isinstance(parent, dict) and isinstance(target, dict), (old, new)
+        assert isinstance(parent, dict), old
+        assert isinstance(target, dict), new
         origin, shown = self.written.get(old, (old, parent[old[-1]]))
         del parent[old[-1]]
         target[new[-1]] = value

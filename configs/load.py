@@ -48,6 +48,8 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Loaded:
     Raises:
         RecipeError: with every reason why it cannot run.
     """
+    if "\0" in str(path):
+        raise _unreadable(Path("recipe"), "the path holds a null character", "Check the path")
     path = Path(path).expanduser()
     text = _read(path)
     document = parse_yaml(text)
@@ -69,7 +71,11 @@ def parse_recipe(
     if not isinstance(data, Mapping):
         fault = Fault("", None, None, f"a recipe is a map of keys, not {type(data).__name__}")
         raise RecipeError([fault])
-    draft = Draft(_plain(data))
+    try:
+        draft = Draft(_plain(data))
+    except RecursionError as error:
+        fault = Fault("", None, None, "the recipe is nested too deeply or contains itself")
+        raise RecipeError([fault]) from error
     text = _as_yaml(draft.data)
     where = Path(directory).absolute() if directory is not None else None
     recipe = _finish(draft, overrides, where, "recipe")
@@ -98,23 +104,23 @@ def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
-        why = ""
-    except FileNotFoundError:
-        why, remedy = "there is no such file", "Check the path"
-    except IsADirectoryError:
-        why, remedy = "this is a directory", "Name the YAML file in it"
-    except (OSError, ValueError) as error:
-        why, remedy = f"the file cannot be read: {error}", "Check the path and its permissions"
-    if not why:
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text, why, remedy = "", "the file is not text in UTF-8", "Name a YAML file"
         if len(raw) > _MAX_BYTES:
-            why, remedy = "the file is larger than 1 MiB", "Name a YAML file"
-        if not why:
-            return text
-    raise RecipeError([Fault("", None, None, why, remedy)], str(path))
+            raise _unreadable(path, "the file is larger than 1 MiB", "Name a YAML file")
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        error = _unreadable(path, "there is no such file", "Check the path")
+    except IsADirectoryError:
+        error = _unreadable(path, "this is a directory", "Name the YAML file in it")
+    except UnicodeDecodeError:
+        error = _unreadable(path, "the file is not text in UTF-8", "Name a YAML file")
+    except OSError as reason:
+        why = f"the file cannot be read ({reason.strerror})"
+        error = _unreadable(path, why, "Check the path and its permissions")
+    raise error
+
+
+def _unreadable(path: Path, why: str, remedy: str) -> RecipeError:
+    return RecipeError([Fault("", None, None, why, remedy)], str(path))
 
 
 def _plain(data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Relative local paths in a recipe, made absolute: beside the recipe first, then where one stands."""
+"""Relative local paths made absolute: looked for beside the recipe, then where one stands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".gz",
 
 
 def find_local_paths(draft: Draft, directory: Path) -> None:
-    """Resolve data files and the model relative to `directory`, the recipe's, or the current one.
-
-    What exists in neither stays as it is (a hub id or URL), unless it can only be a local path.
+    """Look for data files, templates and the model in `directory`, the recipe's, then in the
+    current one. What is in neither stays as it is (a hub id or URL), unless it can only be local.
     """
     for key in ("base_model", "base_model_config", "tokenizer_config"):
         _resolve(draft, (key,), directory)
+    _resolve_jinja(draft, ("chat_template_jinja",), directory)
     for path, entry in draft.entries():
+        _resolve_jinja(draft, (*path, "chat_template_jinja"), directory)
         source = entry.get("path")
         _resolve(draft, (*path, "path"), directory)
         if source in _FILE_TYPES and entry["path"] == source:
@@ -29,12 +30,19 @@ def find_local_paths(draft: Draft, directory: Path) -> None:
 
 
 def _resolve_files(draft: Draft, path: KeyPath, directory: Path) -> None:
-    """`data_files` are local only where `path` is a file type; elsewhere they are in the dataset."""
+    """Where `path` is a file type, `data_files` are local; elsewhere they are in the dataset."""
     files = draft.value(path)
     if isinstance(files, list):
         for i in range(len(files)):
             _resolve(draft, (*path, i), directory)
     else:
+        _resolve(draft, path, directory)
+
+
+def _resolve_jinja(draft: Draft, path: KeyPath, directory: Path) -> None:
+    """Jinja text holds a brace; anything else is a file."""
+    text = draft.value(path)
+    if isinstance(text, str) and "{" not in text:
         _resolve(draft, path, directory)
 
 
@@ -66,6 +74,8 @@ def _only_local(written: str, path: KeyPath) -> bool:
     if any(sign in written for sign in "*?["):
         return False  # a pattern
     if written.startswith(("./", "../", "/", "~/")):
+        return True
+    if path[-1] == "chat_template_jinja":
         return True
     return path[-1] not in _MODEL_KEYS and written.lower().endswith(_DATA_ENDINGS)
 

@@ -1,4 +1,4 @@
-"""Command-line overrides: `--learning_rate 1e-4 --datasets.0.path x --lora_r=8 --sample_packing`."""
+"""Command-line overrides: `--learning_rate 1e-4 --datasets.0.path x --lora_r=8 --tf32`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def _pairs(draft: Draft, overrides: Overrides) -> list[tuple[str, Any]]:
     words = list(overrides)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word.strip("-=") == "":
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not name or not word.startswith("--"):
             why = "not an override"
             draft.faults.append(Fault(word, None, None, why, "Write --key value", True))
             continue
-        name, equals, text = word[2:].partition("=")
         if not equals and words and not words[0].startswith("--"):
             text, equals = words.pop(0), "="
         pairs.append((name, parse_value(text) if equals else True))
@@ -55,11 +55,7 @@ def _place(draft: Draft, path: Path, value: Any) -> None:
             _put(here, part, value)
             draft.overridden.add(path)
             return
-        below = here[part] if isinstance(here, dict) or part < len(here) else None
-        if isinstance(here, dict) and part not in here or below is None:
-            below = [] if isinstance(path[depth + 1], int) else {}
-            _put(here, part, below)
-        here = below
+        here = _below(here, part, path[depth + 1])
 
 
 _PLACE_REMEDY = "Name map entries by key and list entries by number, such as --datasets.0.path"
@@ -76,7 +72,16 @@ def _misfit(here: Any, part: str | int) -> str:
     return "what it is in is a single value"
 
 
-def _put(here: Any, part: str | int, value: Any) -> None:
+def _below(here: Any, part: Any, next_part: str | int) -> Any:
+    """What `part` of `here` holds; a new list or map where there is nothing yet."""
+    there = here.get(part) if isinstance(here, dict) else here[part] if part < len(here) else None
+    if there is None:
+        there = [] if isinstance(next_part, int) else {}
+        _put(here, part, there)
+    return there
+
+
+def _put(here: Any, part: Any, value: Any) -> None:
     if isinstance(here, list) and part == len(here):
         here.append(value)
     else:

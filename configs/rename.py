@@ -10,6 +10,7 @@ from regrow.configs.sections.model import PACKED_ATTENTION
 from regrow.configs.vocabulary import (
     DATASET_WORDS,
     PLUGINS,
+    REFUSED_VALUES,
     WORDS,
     Ignored,
     Refused,
@@ -41,12 +42,17 @@ def rename(draft: Draft) -> None:
     """Rewrite the draft's data; null means "not given" everywhere."""
     _drop_nulls(draft.data)
     _refuse_pickle(draft)
-    _float32(draft)
+    _precision(draft)
     _tokens_map(draft)
     _attention(draft)
     _plugins(draft)
     for key in [key for key in draft.data if key in WORDS]:
         _apply(draft, (key,), WORDS[key])
+    for key, refused in REFUSED_VALUES.items():
+        value = draft.data.get(key)
+        if isinstance(value, str) and value in refused:
+            draft.fault((key,), refused[value].why, refused[value].remedy)
+            del draft.data[key]
     for path, entry in draft.entries():
         _dataset(draft, path, entry)
     _chat_template(draft, ())
@@ -106,14 +112,18 @@ def _refuse_pickle(draft: Draft) -> None:
         draft.fault(("save_safetensors",), why, "Remove it")
 
 
-def _float32(draft: Draft) -> None:
-    """`float32: true` is `bf16: false` in Axolotl's words."""
-    if draft.data.get("float32") is True and not draft.data.get("bf16"):
-        draft.notices.append(Notice("renamed", ("float32",), "it decides the precision", "bf16"))
-        draft.move(("float32",), ("bf16",), False)
-    elif draft.data.get("float32") is True:
-        draft.fault(("float32",), "`bf16` says otherwise", "Keep one of the two")
-    draft.data.pop("float32", None)
+def _precision(draft: Draft) -> None:
+    """`bfloat16: true` and `float32: true` are values of `bf16` in Axolotl's older words."""
+    for name, meaning, contrary in (("bfloat16", True, ()), ("float32", False, (True, "full"))):
+        if draft.data.get(name) is True and draft.data.get("bf16") in contrary:
+            draft.fault((name,), "`bf16` says otherwise", "Keep one of the two")
+        elif draft.data.get(name) is True:
+            why = f"it means `bf16: {str(meaning).lower()}`"
+            draft.notices.append(Notice("renamed", (name,), why, "bf16"))
+            draft.data["bf16"] = meaning
+        elif draft.data.get(name, False) is not False:
+            draft.fault((name,), "expected true or false", "Use `bf16`")
+        draft.data.pop(name, None)
 
 
 def _tokens_map(draft: Draft) -> None:
@@ -147,19 +157,20 @@ def _attention(draft: Draft) -> None:
     if flags and chosen not in (None, PACKED_ATTENTION):
         why = f"`attn_implementation: {chosen}` says otherwise"
         draft.fault((flags[0],), why, "Keep `attn_implementation` only", True)
-    elif isinstance(chosen, str) and not _is_attention(chosen):
+    elif chosen is not None and not _is_attention(chosen):
         names = ", ".join((*_ATTENTIONS, PACKED_ATTENTION))
         draft.fault(("attn_implementation",), "no such attention", f"Use one of {names}")
-    elif flags or (chosen not in (None, PACKED_ATTENTION) and isinstance(chosen, str)):
+    elif flags or chosen not in (None, PACKED_ATTENTION):
         name = flags[0] if flags else "attn_implementation"
         why = "Regrow's packed attention computes the same, inside each example, on every device"
         draft.notices.append(Notice("renamed", (name,), why, PACKED_ATTENTION))
-    if chosen is None or isinstance(chosen, str):
-        draft.data["attn_implementation"] = PACKED_ATTENTION
+    draft.data["attn_implementation"] = PACKED_ATTENTION
 
 
-def _is_attention(name: str) -> bool:
+def _is_attention(name: Any) -> bool:
     """A name of Axolotl's or ours, or a hub kernel `org/name`."""
+    if not isinstance(name, str):
+        return False
     return name in _ATTENTIONS or name == PACKED_ATTENTION or "/" in name
 
 
@@ -182,6 +193,7 @@ def _plugins(draft: Draft) -> None:
 def _dataset(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
     for key in [key for key in entry if key in DATASET_WORDS]:
         _apply(draft, (*path, key), DATASET_WORDS[key])
+    _thinking(draft, path, entry)
     _message_fields(draft, path, entry)
     _chat_template(draft, path)
     kind = entry.get("type")
@@ -225,6 +237,24 @@ def _message_fields(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
     if isinstance(mappings, dict):  # what is not mapped keeps its name
         mappings.setdefault("role", "role")
         mappings.setdefault("content", "content")
+
+
+def _thinking(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    """Axolotl's two keys for reasoning say what one entry of `message_property_mappings` says."""
+    names = [entry.get(key, _THINKING) for key in ("template_thinking_key", "field_thinking")]
+    given = [key for key in ("template_thinking_key", "field_thinking") if key in entry]
+    if not given or not all(isinstance(name, str) for name in names):
+        return
+    mappings = entry.setdefault("message_property_mappings", {})
+    if isinstance(mappings, dict):
+        mappings.setdefault(names[0], names[1])
+        why = "that is its place here"
+        draft.notices.append(Notice("renamed", tuple(given), why, "message_property_mappings"))
+    for key in given:
+        del entry[key]
+
+
+_THINKING = "reasoning_content"  # Axolotl's default for both
 
 
 def _chat_template(draft: Draft, path: Path) -> None:

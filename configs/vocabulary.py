@@ -36,8 +36,6 @@ class Refused:
 Word = Renamed | Ignored | Refused
 
 _RENAMED = {
-    "bfloat16": Renamed("bf16"),
-    "float16": Renamed("fp16"),
     "dataset_processes": Renamed("dataset_num_proc"),
     "evaluation_strategy": Renamed("eval_strategy"),
     "noisy_embedding_alpha": Renamed("neftune_noise_alpha"),
@@ -116,7 +114,10 @@ _IGNORED = {
 _NOT_YET = "{} is not here yet"
 
 _REFUSED: dict[tuple[str, str], str] = {
-    (_NOT_YET.format("preference and reinforcement training"), "Remove it to fine-tune on answers"): """
+    (
+        _NOT_YET.format("preference and reinforcement training"),
+        "Remove it to fine-tune on answers",
+    ): """
         rl trl vllm ebft rl_beta dpo_beta dpo_use_weighting dpo_label_smoothing dpo_loss_type
         dpo_loss_weights dpo_use_liger_kernel dpo_padding_free dpo_use_logits_to_keep
         dpo_generate_during_eval dpo_norm_loss rpo_alpha precompute_ref_log_probs orpo_alpha
@@ -195,6 +196,7 @@ _REFUSED: dict[tuple[str, str], str] = {
     ("prepared data is kept in the artifact store", "Remove it"): "push_dataset_to_hub",
     (_NOT_YET.format("choosing a branch on the hub"), "Remove it"): "hub_revision",
     ("it was replaced", "Use `sequence_len` and `sample_packing: true`"): "max_packed_sequence_len",
+    ("training in float16 is not here", "Use `bf16: true`"): "float16",
     ("secrets do not belong into a recipe, which is recorded", "Remove it"): """
         comet_api_key swanlab_api_key swanlab_lark_webhook_url swanlab_lark_secret""",
     ("it belongs to Axolotl's file for its cloud, not to a recipe", "Remove it"): """
@@ -209,30 +211,58 @@ WORDS: dict[str, Word] = {
 }
 """Key -> what becomes of it."""
 
+_DATASET_REFUSED = {
+    (_NOT_YET.format("preference and reinforcement training"), "Remove it"): """
+        field_chosen field_rejected field_prompt field_completion field_label""",
+    (_NOT_YET.format("process reward training"), "Remove it"): """
+        step_separator max_completion_length train_on_last_step_only""",
+    (_NOT_YET.format("this way of reading examples"), "Change the data beforehand"): """
+        field_human field_model field_tools message_field_training message_field_training_detail
+        split_thinking drop_system_message input_transform input_format logprobs_field
+        temperature text_column skip""",
+}
+
 DATASET_WORDS: dict[str, Word] = {
     "preprocess_shards": Ignored("data is always prepared in parts"),
     "train_on_split": Refused("Axolotl and Regrow do not read it", "Use `split`"),
     "conversation": Refused("it belongs to the removed type sharegpt", "Use `type: chat_template`"),
     **{
-        name: Refused(_NOT_YET.format("preference and reinforcement training"))
-        for name in "field_chosen field_rejected field_prompt field_completion field_label".split()
-    },
-    **{
-        name: Refused(_NOT_YET.format("process reward training"))
-        for name in "step_separator max_completion_length train_on_last_step_only".split()
-    },
-    **{
-        name: Refused(_NOT_YET.format("this way of reading examples"), "Change the data beforehand")
-        for name in """
-            field_human field_model field_tools field_thinking template_thinking_key
-            message_field_training message_field_training_detail split_thinking
-            drop_system_message input_transform input_format logprobs_field temperature
-            text_column skip""".split()
+        name: Refused(*reason)
+        for reason, names in _DATASET_REFUSED.items()
+        for name in names.split()
     },
 }
 """The same for the keys of an entry of `datasets` or `test_datasets`."""
 
+_OTHER_OPTIMIZERS = """
+    muon dion sinkgd optimi_adamw adopt_adamw came_pytorch q_galore_adamw8bit flash_adamw
+    flash_adam flash_sgd flash_sgdw flash_lion galore_adamw galore_adamw_8bit galore_adafactor
+    galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo
+    grokadamw schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw
+    apollo_adamw_layerwise stable_adamw adamw_anyprecision"""
+_TORCHAO = Refused("it needs torchao, which Regrow does not use", "Use adamw_bnb_8bit")
+_OTHER_OPTIMIZER = Refused("it needs a package that Regrow does not use", "Use adamw_torch_fused")
+
+REFUSED_VALUES: dict[str, dict[str, Refused]] = {
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), _TORCHAO),
+        **dict.fromkeys(("ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8"), _TORCHAO),
+        **dict.fromkeys(_OTHER_OPTIMIZERS.split(), _OTHER_OPTIMIZER),
+    },
+    "lr_scheduler": dict.fromkeys(
+        ("one_cycle", "rex"), Refused("this schedule is not here yet", "Use `lr_scheduler: cosine`")
+    ),
+    "save_strategy": {
+        "best": Refused("choosing the best checkpoint is not here yet", "Use steps or epoch")
+    },
+    "adapter": dict.fromkeys(
+        ("llama-adapter", "mora"), Refused("this kind of adapter is not here yet", "Use lora")
+    ),
+}
+"""Values of fields that Axolotl knows and Regrow does not do."""
+
 OFF: dict[str, tuple[Any, ...]] = {
+    "field_tools": ("tools",),  # the column that is read anyway
     "dp_shard_size": (1,),
     "dp_replicate_size": (1,),
     "tensor_parallel_size": (1,),

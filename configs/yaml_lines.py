@@ -15,7 +15,8 @@ _MAX_VALUES = 20_000
 that multiply."""
 
 _PLAIN_TAGS = frozenset(
-    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "merge", "value")
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "merge", "value")
 )
 _WRITE_KEYS = "Write one key a line, such as `base_model: org/name`"
 _FASTEST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -67,7 +68,9 @@ def parse_yaml(text: str) -> Document:
     except yaml.YAMLError as error:
         reader.stop(*_explain(error))
     except UnicodeEncodeError:
-        reader.stop(None, "the recipe holds characters that are not Unicode text", "Save it as UTF-8")
+        reader.stop(
+            None, "the recipe holds characters that are not Unicode text", "Save it as UTF-8"
+        )
     except RecursionError:
         reader.stop(None, "the YAML is nested too deeply", "Remove brackets")
     return reader.document

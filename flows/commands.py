@@ -5,21 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 from regrow.configs.load import Loaded, load_recipe
 from regrow.flows import show
 from regrow.flows.progress import say
-from regrow.flows.session import Session
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactDamaged
 from regrow.infra.hub import HubError
 from regrow.infra.settings import load_settings, quiet_environment
 from regrow.infra.store import StoreError
-from regrow.tasks import lineage
 from regrow.tasks.build import stage_key
 from regrow.tasks.plan import Plan, make_plan
 from regrow.tasks.stage import StageError
+
+if TYPE_CHECKING:
+    from regrow.flows.session import Session
 
 _P = ParamSpec("_P")
 
@@ -93,6 +94,8 @@ def show_status(recipe: str, overrides: Sequence[str]) -> int:
 @explains
 def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
     """Print the tree of what an artifact, or the last stage of a recipe, was made from."""
+    from regrow.tasks import lineage
+
     if artifact.endswith((".yaml", ".yml")):
         _, workplace, plan = open_plan(artifact, overrides)
         ready = [r for s in plan.stages if (r := workplace.artifacts.lookup(stage_key(s)))]

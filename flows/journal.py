@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regrow.infra.artifacts import ArtifactStore, Record
+from regrow.infra.secrets import mask_secrets
 from regrow.infra.tracking import RunInfo, Tracker
-from regrow.tasks import figures, lineage
+from regrow.tasks import lineage, pictures
 from regrow.tasks.build import Outcome, stage_key
 from regrow.tasks.headline import headline
 from regrow.tasks.stage import Stage
@@ -123,17 +124,10 @@ class Journal:
 
     def _log_datasets(self, run_id: str, stage: Stage, record: Record) -> None:
         if stage.name == "prepare":
-            for source in record.result.get("sources", []):
-                self._tracker.log_dataset(
-                    run_id,
-                    source["name"],
-                    source.get("place", source["name"]),
-                    source["sha256"],
-                    "source",
-                    {"rows": source.get("rows")},
-                )
-            profile = _numbers(record.result)
-            self._dataset(run_id, stage, "output", profile)
+            for digest, place in stage.placement.locations.items():
+                name = place.rsplit("/", 1)[-1]
+                self._tracker.log_dataset(run_id, name, mask_secrets(place), digest, "source", {})
+            self._dataset(run_id, stage, "output", _numbers(record.result))
         for source in stage.inputs.values():
             if source.name == "prepare":
                 context = "training" if stage.name == "train" else "validation"
@@ -174,7 +168,7 @@ class Journal:
         return known
 
     def _log_pictures(self, run_id: str, record: Record) -> None:
-        for name, png in figures.of_stage(record.stage, record.result).items():
+        for name, png in pictures.of_stage(record.stage, record.result).items():
             self._tracker.log_figure_bytes(run_id, png, f"plots/{name}.png")
         for name, page in self._pages(record).items():
             self._tracker.log_html(run_id, page, name)

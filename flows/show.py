@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.configs.load import Loaded
 from regrow.flows.progress import duration
-from regrow.flows.session import Session
 from regrow.flows.workplace import Workplace
 from regrow.infra.lease import Lease
 from regrow.tasks.build import checkpoint_prefix, stage_key
 from regrow.tasks.headline import headline
 from regrow.tasks.plan import Plan
 from regrow.tasks.stage import Stage, canonical
+
+if TYPE_CHECKING:
+    from regrow.flows.session import Session
 
 _MOST_CHANGES = 4  # spec fields named in one line of a plan; more is noted as "and N more"
 

@@ -16,17 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from regrow.tasks.scores import SCORES, Score
+
 # Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#5F6B76"
 _SIZE_INCHES, _DPI = (8.0, 4.2), 120
-
-# (name in the scores, title, whether it is a share of one, whether lower is better)
-_SCORES = (
-    ("loss", "Validation loss (nats a token)", False, True),
-    ("perplexity", "Perplexity", False, True),
-    ("token_accuracy", "Token accuracy", True, False),
-    ("exact", "Exact answers", True, False),
-)
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -62,7 +56,7 @@ def length_histogram(hist: Mapping[str, Any]) -> bytes:
 
     Args:
         hist: `edges` (n + 1 lengths in tokens), `counts` (n), and perhaps `sequence_len`, which is
-            marked.
+            marked. Edges that double are drawn equally wide.
     """
     figure, (axes,) = _figure()
     _bars(axes, hist)
@@ -71,6 +65,8 @@ def length_histogram(hist: Mapping[str, Any]) -> bytes:
         axes.axvline(limit, color=_ORANGE, linestyle="--", label=f"sequence_len {limit:,}")
         axes.legend(frameon=False)
     axes.set(title="Length of examples", xlabel="length (tokens)", ylabel="examples")
+    if _doubling(hist["edges"]):
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(_thousands())
     return _png(figure)
 
@@ -101,23 +97,28 @@ def scores_bar(before: Mapping[str, Any], after: Mapping[str, Any]) -> bytes:
             side is left out.
         after: the same.
     """
-    known = [s for s in _SCORES if before.get(s[0]) is not None and after.get(s[0]) is not None]
+    known = [
+        score
+        for score in SCORES
+        if before.get(score.name) is not None and after.get(score.name) is not None
+    ]
     figure, panels = _figure(max(len(known), 1))
-    for axes, (name, title, share, lower) in zip(panels, known, strict=False):
-        values = [float(before[name]), float(after[name])]
-        bars = axes.bar(["before", "after"], values, color=[_GREY, _BLUE], width=0.6)
-        labels = [f"{100 * v:.1f} %" if share else f"{v:.3f}" for v in values]
-        axes.bar_label(bars, labels=labels, padding=3)
-        axes.set_title(f"{title}\n{'lower' if lower else 'higher'} is better", fontsize=9)
-        if share:
-            axes.set_ylim(0, max(*values, 0.01) * 1.2)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        else:
-            axes.set_ylim(0, max(values) * 1.15 or 1)
+    for axes, score in zip(panels, known, strict=False):
+        _score_panel(axes, score, [float(before[score.name]), float(after[score.name])])
     if not known:
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no score is known on both sides", ha="center")
     return _png(figure)
+
+
+def _score_panel(axes: Axes, score: Score, values: Sequence[float]) -> None:
+    bars = axes.bar(["before", "after"], values, color=[_GREY, _BLUE], width=0.6)
+    axes.bar_label(bars, labels=[score.show(value) for value in values], padding=3)
+    better = "lower" if score.lower_is_better else "higher"
+    axes.set_title(f"{score.title}\n{better} is better", fontsize=9)
+    axes.set_ylim(0, max(*values, 0.01) * 1.2)
+    if score.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -138,6 +139,10 @@ def _bars(axes: Axes, hist: Mapping[str, Any]) -> None:
     axes.bar(edges[:-1], counts, widths, align="edge", color=_BLUE, edgecolor="white")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(_thousands())
+
+
+def _doubling(edges: Sequence[float]) -> bool:
+    return len(edges) > 2 and all(b == 2 * a > 0 for a, b in itertools.pairwise(edges))
 
 
 def _thousands() -> FuncFormatter:

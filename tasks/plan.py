@@ -103,14 +103,14 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
         None,
         {"prepare": prepared, "model": merged or trained, "baseline": baseline},
     )
-    inputs = {"prepare": prepared, "train": trained, "evaluate": scores, "baseline": baseline}
+    inputs = {"prepare": prepared, "model": merged or trained, "evaluate": scores}
     published = Stage(
         name="publish",
         version=publish.VERSION,
         spec=publish.PublishSpec.from_recipe(recipe, name),
         runner="regrow.tasks.publish.run:run",
-        inputs=inputs | ({"merge": merged} if merged else {}),
-        placement=publish.PublishPlacement.from_recipe(recipe),
+        inputs=inputs,
+        placement=publish.PublishPlacement.from_recipe(recipe, model),
     )
     return Plan(
         name, prepared, trained, merged, baseline, scores, published, recipe.register_as or None

@@ -34,15 +34,38 @@ def target_patterns_are_valid(recipe: Recipe, given: frozenset[str]) -> Iterator
             yield ("lora_target_modules",), why, "Name layers, such as q_proj"
 
 
+def _patterns(recipe: Recipe) -> list[str]:
+    """Targets that hold a sign no layer's name holds."""
+    signs = re.compile(r"[\\^$*+?()\[\]|{}]")
+    return [target for target in recipe.lora_target_modules if signs.search(target)]
+
+
 @rule("lora_target_modules")
 def one_pattern_stands_alone(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """PEFT matches a list by the names' ends and a single text as a pattern: a pattern in a list of
     several would match nothing."""
-    targets = recipe.lora_target_modules
-    odd = [target for target in targets if re.search(r"[\\^$*+?()\[\]|{}]", target)]
-    if odd and len(targets) > 1:
+    odd = _patterns(recipe)
+    if odd and len(recipe.lora_target_modules) > 1:
         why = f"{odd[0]!r} is a pattern, and patterns do not work in a list of several"
         yield ("lora_target_modules",), why, "Join them into one: (a|b)"
+
+
+@rule("lora_target_modules", "lora_target_linear")
+def a_pattern_excludes_all_linear_layers(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A pattern cannot be joined with lora_target_linear."""
+    if recipe.lora_target_linear and _patterns(recipe):
+        why = "`lora_target_linear: true` takes every linear layer already"
+        yield ("lora_target_modules",), why, "Keep one of the two"
+
+
+@rule("peft_init_lora_weights")
+def adapters_leave_the_base_alone(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Initialisations that change the base weights, or need data, would make an adapter that does
+    not fit the base model it names."""
+    kind = recipe.peft_init_lora_weights
+    if not isinstance(kind, bool) and kind not in ("gaussian", "orthogonal"):
+        why = "it changes the base weights, needs data, or is unknown"
+        yield ("peft_init_lora_weights",), why, "Use true, gaussian or orthogonal"
 
 
 @rule("adapter", "load_in_4bit", "load_in_8bit")
@@ -94,6 +117,8 @@ RULES = (
     lora_is_complete,
     target_patterns_are_valid,
     one_pattern_stands_alone,
+    a_pattern_excludes_all_linear_layers,
+    adapters_leave_the_base_alone,
     quantized_bases_are_not_here_yet,
     quantized_weights_are_not_trained,
     adapters_start_anew,

@@ -29,19 +29,19 @@ def the_batch_keys_agree(recipe: Recipe, given: frozenset[str]) -> Iterator[Brea
         yield ("batch_size",), why, "Keep `batch_size` or `gradient_accumulation_steps`"
 
 
-@rule("micro_batch_size", "batch_size")
-def the_batch_divides_into_micro_batches(
-    recipe: Recipe, given: frozenset[str]
-) -> Iterator[Breach]:
-    """batch_size is a multiple of micro_batch_size."""
-    size, micro = recipe.batch_size, recipe.micro_batch_size
-    if size and "gradient_accumulation_steps" not in given and size % micro:
-        why = f"it is no multiple of micro_batch_size, {micro}"
-        yield ("batch_size",), why, f"Use {max(1, size // micro) * micro}"
+@rule(*_KEYS)
+def the_batch_divides_evenly(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """batch_size is a multiple of the one other key that is given."""
+    others = [key for key in _KEYS[:2] if key in given]
+    if recipe.batch_size and len(others) == 1:
+        key, part = others[0], getattr(recipe, others[0])
+        if recipe.batch_size % part:
+            why = f"it is no multiple of {key}, {part}"
+            yield ("batch_size",), why, f"Use {max(1, recipe.batch_size // part) * part}"
 
 
 RULES = (
     the_global_batch_is_said,
     the_batch_keys_agree,
-    the_batch_divides_into_micro_batches,
+    the_batch_divides_evenly,
 )

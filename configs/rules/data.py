@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from regrow.configs.faults import Path
 from regrow.configs.recipe import Recipe
-from regrow.configs.rules.rule import Breach, Path, rule
-from regrow.configs.sections.data import Dataset, DataSection
+from regrow.configs.rules.rule import Breach, rule
+from regrow.configs.sections.data import CHAT_TEMPLATES, DataSection, Dataset
 
 _KINDS = ("datasets", "test_datasets")
 _USERINFO = re.compile(r"://[^/@\s]*@")
@@ -35,9 +36,7 @@ def validation_data_is_said_once(recipe: Recipe, given: frozenset[str]) -> Itera
 
 
 @rule("val_set_size")
-def val_set_size_is_a_share_or_a_number(
-    recipe: Recipe, given: frozenset[str]
-) -> Iterator[Breach]:
+def val_set_size_is_a_share_or_a_number(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """1.0 and 1.5 are neither a share of the examples nor a number of them."""
     size = recipe.val_set_size
     if isinstance(size, float) and size >= 1:
@@ -81,6 +80,24 @@ def jinja_templates_have_text(recipe: Recipe, given: frozenset[str]) -> Iterator
             yield (*path, "chat_template_jinja"), why, "Use `chat_template: jinja`"
 
 
+@rule("chat_template", *_KINDS)
+def chat_templates_are_known(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A template is the tokenizer's, Jinja text, or one of those that come with Regrow."""
+    holders: list[tuple[Path, DataSection | Dataset]] = [((), recipe), *_entries(recipe)]
+    for path, holder in holders:
+        name = holder.chat_template
+        if path and name == recipe.chat_template:
+            continue  # told once
+        bare = (name or _OWN).removeprefix(f"{_OWN}_fallback_")
+        if bare not in (_OWN, "jinja", *CHAT_TEMPLATES):
+            why = f"there is no such template; there are {', '.join(CHAT_TEMPLATES)}"
+            remedy = f"Use `{_OWN}` for the model's own, or give the text with chat_template_jinja"
+            yield (*path, "chat_template"), why, remedy
+
+
+_OWN = "tokenizer_default"
+
+
 @rule("min_sample_len", "sequence_len")
 def some_length_is_left(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """An example can be both long enough and short enough."""
@@ -111,6 +128,7 @@ RULES = (
     shards_and_index_fit,
     dataset_code_is_never_run,
     jinja_templates_have_text,
+    chat_templates_are_known,
     some_length_is_left,
     no_passwords_in_addresses,
 )

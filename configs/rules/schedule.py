@@ -107,12 +107,12 @@ def schedulers_have_their_arguments(recipe: Recipe, given: frozenset[str]) -> It
         yield ("lr_scheduler",), why, "Add `lr_scheduler_kwargs: {num_decay_steps: 100}`"
 
 
-@rule("lr_scheduler", "eval_strategy", "val_set_size", "test_datasets")
-def a_plateau_needs_validation(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """reduce_lr_on_plateau follows the validation loss."""
-    if recipe.lr_scheduler == "reduce_lr_on_plateau" and recipe.eval_strategy in (None, "no"):
-        why = "it follows the validation loss, and nothing is validated"
-        yield ("lr_scheduler",), why, "Add `val_set_size`, or use `lr_scheduler: cosine`"
+@rule("lr_scheduler")
+def the_schedule_can_be_repeated(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """reduce_lr_on_plateau makes the weights depend on when validation runs, which is placement."""
+    if recipe.lr_scheduler == "reduce_lr_on_plateau":
+        why = "it makes the weights depend on when validation runs, so no result could be repeated"
+        yield ("lr_scheduler",), why, "Use `lr_scheduler: cosine`"
 
 
 RULES = (
@@ -127,5 +127,5 @@ RULES = (
     steps_are_whole_or_a_share,
     a_lowest_rate_needs_a_cosine,
     schedulers_have_their_arguments,
-    a_plateau_needs_validation,
+    the_schedule_can_be_repeated,
 )

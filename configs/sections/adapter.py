@@ -6,15 +6,13 @@ from typing import Literal
 
 from regrow.configs.sections.section import Count, Fraction, Positive, Section, Texts
 
-InitLora = bool | Literal["gaussian", "olora", "pissa", "orthogonal"]
-
 
 class AdapterSection(Section):
     """Which adapter is trained; none means all weights are."""
 
     adapter: Literal["lora", "qlora"] | None = None
-    """`lora`: train an adapter on the model in `bf16`; `qlora`: on a 4-bit model (not yet). Default:
-    none, all weights are trained."""
+    """`lora`: train an adapter on the model in `bf16`; `qlora`: on a 4-bit model (not yet).
+    Default: none, all weights are trained."""
 
     lora_r: Count | None = None
     """Rank of the adapter matrices. No default: it sets the adapter's size. 8 to 64 are usual."""
@@ -45,6 +43,6 @@ class AdapterSection(Section):
     peft_use_dora: bool = False
     """Train direction and magnitude apart (DoRA). Default false, PEFT's."""
 
-    peft_init_lora_weights: InitLora = True
-    """First values of the adapter: true (PEFT's: no change of the model at the start), false
-    (random; for tests), gaussian, olora, pissa, orthogonal. Default true, PEFT's."""
+    peft_init_lora_weights: bool | str = True
+    """First values of the adapter: true (no change of the model at the start), false (random; for
+    tests), gaussian or orthogonal. Default true, PEFT's."""

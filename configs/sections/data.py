@@ -8,6 +8,9 @@ from regrow.configs.sections.section import Count, NotNegative, Section, Texts, 
 
 DatasetType = Literal["alpaca", "chat_template", "completion"]
 FileType = Literal["json", "csv", "parquet", "arrow", "text"]
+CHAT_TEMPLATES = ("alpaca", "chatml", "gemma", "llama3", "mistral", "phi_3")
+"""Templates known by name; a test holds them to those that `prepare` has."""
+
 TrainOnEnd = Literal["turn", "all", "last", "none"]
 
 
@@ -15,8 +18,8 @@ class Dataset(Section):
     """One source of examples."""
 
     path: str
-    """Hub id, file, directory or URL (`s3://`, `gs://`, `https://`, ...) of the data; or a file type
-    (`json`, `csv`, ...) with the files in `data_files`."""
+    """Hub id, file, directory or URL (`s3://`, `gs://`, `https://`, ...) of the data; or a file
+    type (`json`, `csv`, ...) with the files in `data_files`."""
 
     type: DatasetType
     """How a row becomes an example. `alpaca`: instruction, input and output columns;
@@ -26,8 +29,8 @@ class Dataset(Section):
     """Configuration of a hub dataset. Default: its only or default one."""
 
     split: str = "train"
-    """Split to read, with an optional slice: `train`, `train[:10%]`, `train[:500]`. Default `train`,
-    as Axolotl does."""
+    """Split to read, with an optional slice: `train`, `train[:10%]`, `train[:500]`. Default
+    `train`, as Axolotl does."""
 
     data_files: Texts = ()
     """Files to read, relative to `path`. Default: all that belong to the split."""
@@ -37,7 +40,8 @@ class Dataset(Section):
     text. Default: from the file name."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset. Default: the newest commit, whose hash is recorded."""
+    """Branch, tag or commit of a hub dataset. Default: the newest commit, whose hash is
+    recorded."""
 
     trust_remote_code: bool = False
     """Accepted when false: dataset scripts are never run."""
@@ -69,8 +73,8 @@ class Dataset(Section):
     """Name the chat template uses -> name in the data. Default: `role` and `content` themselves."""
 
     roles: dict[str, Texts] | None = None
-    """Role the chat template knows -> names of it in the data. Default, as Axolotl does: user: human,
-    user; assistant: gpt, assistant; system: system; tool: tool."""
+    """Role the chat template knows -> names of it in the data. Default, as Axolotl does: user:
+    human, user; assistant: gpt, assistant; system: system; tool: tool."""
 
     roles_to_train: Texts = ("assistant",)
     """Roles whose messages are trained on. Default: the assistant's, as Axolotl does."""
@@ -80,8 +84,8 @@ class Dataset(Section):
     Default: the recipe's `train_on_inputs`."""
 
     train_on_eos: TrainOnEnd = "turn"
-    """Which end-of-text tokens are trained on. `turn`: those that end a trained turn; `all`; `last`:
-    only the last of the conversation; `none`. Default `turn`, as Axolotl does."""
+    """Which end-of-text tokens are trained on. `turn`: those that end a trained turn; `all`;
+    `last`: only the last of the conversation; `none`. Default `turn`, as Axolotl does."""
 
     train_on_eot: TrainOnEnd | None = None
     """The same for the end-of-turn tokens in `eot_tokens`. Default: as `train_on_eos`."""
@@ -103,15 +107,15 @@ class DataSection(Section):
     """Sources of validation examples. Default: none; `val_set_size` can hold some back instead."""
 
     val_set_size: NotNegative | Count = 0
-    """Examples held back for validation: a fraction when below 1, else a number of examples. Default
-    0 (none), as Axolotl does."""
+    """Examples held back for validation: a fraction when below 1, else a number of examples.
+    Default 0 (none), as Axolotl does."""
 
     sequence_len: Count = 512
     """Longest row in tokens. Default 512, Axolotl's."""
 
     excess_length_strategy: Literal["drop", "truncate", "raise", "split"] = "drop"
-    """What happens to an example longer than `sequence_len`: drop it, truncate it, raise an error, or
-    split it into several. Default `drop`, as Axolotl does; dropped examples are counted."""
+    """What happens to an example longer than `sequence_len`: drop it, truncate it, raise an error,
+    or split it into several. Default `drop`, as Axolotl does; dropped examples are counted."""
 
     min_sample_len: Count | None = None
     """Drop examples of fewer tokens. Default: none is too short."""
@@ -138,7 +142,8 @@ class DataSection(Section):
     chat_template: str | None = None
     """How messages become text. `tokenizer_default`: the tokenizer's own template;
     `tokenizer_default_fallback_<name>`: that, or the named one where it has none; `jinja`: the text
-    in `chat_template_jinja`; or a name (`chatml`, `llama3`, ...). Default `tokenizer_default`."""
+    in `chat_template_jinja`; or alpaca, chatml, gemma, llama3, mistral, phi_3. Default
+    `tokenizer_default`."""
 
     chat_template_jinja: str | None = None
     """Jinja text, or a path to a file of it, for `chat_template: jinja`."""

@@ -11,8 +11,8 @@ class EvaluationSection(Section):
     """How the model is judged."""
 
     eval_strategy: Literal["no", "steps", "epoch"] | None = None
-    """When the validation loss is taken while training. Default: `no` without validation data; `steps`
-    when `eval_steps` or `evals_per_epoch` is given; else `epoch`."""
+    """When the validation loss is taken while training. Default: `no` without validation data;
+    `steps` when `eval_steps` or `evals_per_epoch` is given; else `epoch`."""
 
     eval_steps: Positive | None = None
     """Optimizer steps between validations; below 1: share of all steps."""

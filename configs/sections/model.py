@@ -28,10 +28,11 @@ class ModelSection(Section):
     """Which model is fine-tuned."""
 
     base_model: str
-    """Hub id (`org/name`) or directory of the model to fine-tune; its weights must be safetensors."""
+    """Hub id (`org/name`) or directory of the model to fine-tune; its weights must be
+    safetensors."""
 
     base_model_config: str | None = None
-    """Hub id or directory of the model's `config.json`. Default: that of `base_model`."""
+    """Hub id or directory of the model's `config.json`: `base_model` itself, or not given."""
 
     revision_of_model: str | None = None
     """Branch, tag or commit of `base_model` on the hub. Default: the newest commit, whose hash is

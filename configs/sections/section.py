@@ -28,7 +28,7 @@ class Section(BaseModel):
 def _not_bool(value: Any) -> Any:
     """Python counts `true` as 1; a person who writes it does not mean a number."""
     if isinstance(value, bool):
-        raise PydanticCustomError("number_type", "expected a number, not true or false")
+        raise PydanticCustomError("not_bool", "expected a number, not true or false")
     return value
 
 

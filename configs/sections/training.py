@@ -82,7 +82,7 @@ class TrainingSection(Section):
     """Passes over the training data. Default 1, Axolotl's."""
 
     max_steps: Count | None = None
-    """Optimizer steps after which training ends, if that is before `num_epochs`. Default: no limit."""
+    """Optimizer steps to train for, whatever `num_epochs` says. Default: none."""
 
     learning_rate: Positive
     """Highest learning rate. No default: it depends on the model and the adapter. 1e-4 to 3e-4 is
@@ -148,11 +148,12 @@ class TrainingSection(Section):
     """How: `use_reentrant`."""
 
     logging_steps: Count = 1
-    """Optimizer steps between reports of the loss. Default 1: 239 of 244 published recipes use it."""
+    """Optimizer steps between reports of the loss. Default 1: 239 of 244 published recipes use
+    it."""
 
     save_strategy: Literal["no", "steps", "epoch"] | None = None
-    """When a checkpoint to resume from is kept. Default, as Axolotl does: `steps` when `save_steps` or
-    `saves_per_epoch` is given, else `epoch`."""
+    """When a checkpoint to resume from is kept. Default, as Axolotl does: `steps` when `save_steps`
+    or `saves_per_epoch` is given, else `epoch`."""
 
     save_steps: Positive | None = None
     """Optimizer steps between checkpoints; below 1: share of all steps."""

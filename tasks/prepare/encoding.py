@@ -110,7 +110,9 @@ def token_range(encoding: Encoding, span: Span) -> tuple[int, int]:
     model has to write it to write the character.
     """
     start, stop = span
-    first = next((t for c in range(start, stop) if (t := encoding.char_to_token(c)) is not None), None)
+    first = next(
+        (t for c in range(start, stop) if (t := encoding.char_to_token(c)) is not None), None
+    )
     if first is None:
         # Nothing of the span became a token: an empty range, where its tokens would have been.
         begin = _first_at(encoding, stop)

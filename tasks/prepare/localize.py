@@ -95,7 +95,9 @@ def _unpacked(path: Path, place: str, target: Path) -> Path:
         with store.open_url(str(path)) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, _BLOCK)
     except (EOFError, OSError) as error:
-        raise StageError(f"{place}: cannot be decompressed ({error}); is the copy whole?") from error
+        raise StageError(
+            f"{place}: cannot be decompressed ({error}); is the copy whole?"
+        ) from error
     return target
 
 
@@ -226,6 +228,6 @@ class _JsonReader:
     def _fail(self, why: str, position: int | None = None) -> None:
         at = self._read + (self._at if position is None else position)
         raise StageError(
-            f"{self._place}: not a JSON list of rows: {why}, at character {at + 1}. One object a line "
-            "(.jsonl) is read as well"
+            f"{self._place}: not a JSON list of rows: {why}, at character {at + 1}. One object a "
+            "line (.jsonl) is read as well"
         )

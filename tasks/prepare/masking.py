@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from regrow.tasks.prepare.example import Conversation, RowError
@@ -67,7 +68,9 @@ class Masker:
     _ending: re.Pattern[str] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        ends = set(self.rules.eot_tokens) or set(self.specials) - _starters(self.template, self.specials)
+        ends = set(self.rules.eot_tokens) or set(self.specials) - _starters(
+            self.template, self.specials
+        )
         ends |= {self.eos} if self.eos else set()
         # Longest first: one token may begin with another.
         words = "|".join(re.escape(end) for end in sorted(ends, key=lambda end: (-len(end), end)))
@@ -168,7 +171,9 @@ def _all_at_once(
     except RowError:
         return None
     index_of = {mark: index for index, mark in marks.items()}
-    pieces = re.split("(" + "|".join(map(re.escape, index_of)) + ")", skeleton) if marks else [skeleton]
+    pieces = (
+        re.split("(" + "|".join(map(re.escape, index_of)) + ")", skeleton) if marks else [skeleton]
+    )
     places: dict[int, Span] = {}
     at = len(pieces[0])
     if not text.startswith(pieces[0]):
@@ -214,9 +219,9 @@ def _one(
     exact = probed is not None and probed.count(mark) == 1 and text.endswith(suffix)
     if start is None or not exact or stop < start:
         raise RowError(
-            f"the chat template prints message {index} ({messages[index]['role']}) in a way that does "
-            "not tell which characters are its content, so it cannot be trained on exactly. Mend the "
-            "row, take its role out of `roles_to_train`, or choose another `chat_template`"
+            f"the chat template prints message {index} ({messages[index]['role']}) in a way that "
+            "does not tell which characters are its content, so it cannot be trained on exactly. "
+            "Mend the row, take its role out of `roles_to_train`, or choose another template"
         )
     return start, stop
 
@@ -235,5 +240,5 @@ def _render_or_none(
 
 def _check_order(places: Mapping[int, Span]) -> None:
     spans = sorted(places.values())
-    if any(first[1] > second[0] for first, second in zip(spans, spans[1:], strict=False)):
+    if any(first[1] > second[0] for first, second in pairwise(spans)):
         raise RowError("the chat template prints two messages one inside the other")

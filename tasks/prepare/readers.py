@@ -94,7 +94,9 @@ def _json_lines(file: LocalFile, chunk: Chunk) -> Iterator[dict | None]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise StageError(f"{where}: not valid JSON ({error}). Mend or remove the row") from error
+            raise StageError(
+                f"{where}: not valid JSON ({error}). Mend or remove the row"
+            ) from error
         if not isinstance(row, dict):
             raise StageError(f"{where}: a row must be a JSON object, not {line[:40]!r}")
         yield row
@@ -144,7 +146,7 @@ def _arrow(file: LocalFile, chunk: Chunk) -> Iterator[dict]:
 
 
 def _record_batches(file: LocalFile, start: int, stop: int | None) -> Iterator[Any]:
-    """Batches of an IPC file, which can be opened anywhere, or of a stream, which is passed over."""
+    """Batches of an IPC file, which can be opened anywhere, or of a stream, which cannot."""
     import pyarrow as pa
 
     with pa.memory_map(file.path) as source:

@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from regrow.tasks.prepare.example import RowError
 from regrow.tasks.stage import StageError
 
-# A stage does not read the clock: a template that prints today's date gets this day instead, the one
-# that Llama 3's own template falls back to.
+# A stage does not read the clock: a template that prints today's date gets this day instead, the
+# one that Llama 3's own template falls back to.
 _TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
 
 

@@ -78,7 +78,7 @@ def parse_split(text: str, key: str = "datasets.0") -> tuple[str, Rows]:
     match = _SPLIT.fullmatch(text.strip())
     if match is None:
         raise StageError(
-            f"{key}.split: {text!r} is not a split; write `train`, `train[:10%]` or `train[100:200]`"
+            f"{key}.split: {text!r} is not a split; write train, train[:10%] or train[100:200]"
         )
     return match["name"], Rows(match["start"] or "", match["stop"] or "")
 
@@ -160,8 +160,8 @@ def _of_directory(
     found = store.expand(root)
     if not found:
         raise StageError(
-            f"{key}.path: {root} is empty or is not there. Give a file, a directory with data files, "
-            "a URL, or the name of a dataset on the Hugging Face hub (owner/name)"
+            f"{key}.path: {root} is empty or is not there. Give a file, a directory with data "
+            "files, a URL, or the name of a dataset on the Hugging Face hub (owner/name)"
         )
     files = [file for file in found if _is_data(_below(root, file), ds_type)]
     if not files:

@@ -1,4 +1,4 @@
-"""What decides the prepared data (`PrepareSpec`, in the key) and what does not (`PreparePlacement`)."""
+"""What decides the prepared data (`PrepareSpec`) and what does not (`PreparePlacement`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regrow.tasks.prepare.formats import FORMATS, format_name
+from regrow.tasks.prepare.formats.registry import FORMATS, format_name
 from regrow.tasks.prepare.sources import Rows, file_kind, parse_split
 from regrow.tasks.prepare.templates import fallback_text, template_text
 from regrow.tasks.stage import StageError
@@ -32,7 +32,7 @@ class DatasetSpec:
     files: tuple[SourceFile, ...]
     """In order; their rows count from the first file's first."""
     format: str
-    """Name in `formats.FORMATS`."""
+    """Name in `formats.registry.FORMATS`."""
     options: Any
     """The format's own `Options`."""
     rows: Rows = field(default_factory=Rows)
@@ -90,7 +90,9 @@ class PrepareSpec:
         packs_eval = recipe.eval_sample_packing
         size = float(recipe.val_set_size or 0)
         if size >= 1 and not size.is_integer():
-            raise StageError(f"val_set_size: {size} is neither a fraction below 1 nor a whole number")
+            raise StageError(
+                f"val_set_size: {size} is neither a fraction below 1 nor a whole number"
+            )
         return cls(
             datasets=_datasets(recipe, recipe.datasets, dataset_files, "datasets"),
             test_datasets=_datasets(
@@ -98,7 +100,7 @@ class PrepareSpec:
             ),
             tokenizer=tokenizer_digest,
             chat_template=template_text(recipe.chat_template, recipe.chat_template_jinja),
-            fallback_template=fallback_text(recipe.chat_template),
+            fallback_template=_fallback_template(recipe),
             special_tokens=_special_tokens(recipe.special_tokens),
             tokens=tuple(recipe.tokens or ()),
             sequence_len=recipe.sequence_len,
@@ -175,6 +177,15 @@ def _dataset(recipe: Any, dataset: Any, files: Mapping[str, str], key: str) -> D
     )
 
 
+def _fallback_template(recipe: Any) -> str | None:
+    """What a tokenizer without a template gets: what was named for that case, or what the datasets
+    are rendered with, if that is one template."""
+    given = [recipe, *recipe.datasets]
+    named = [text for each in given if (text := fallback_text(each.chat_template))]
+    used = {template_text(d.chat_template, d.chat_template_jinja) for d in recipe.datasets}
+    return named[0] if named else (used.pop() if len(used) == 1 else None)
+
+
 def _special_tokens(given: Any) -> dict[str, Any]:
     """What the recipe sets, without what it leaves to the tokenizer."""
     items = given.items() if isinstance(given, Mapping) else vars(given).items() if given else ()
@@ -185,5 +196,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-

@@ -1,6 +1,6 @@
 """Chat templates by name, and what a recipe's `chat_template` means. Light: text only, no Jinja.
 
-The texts follow the published prompt formats of the model families and are written for this project.
+The texts follow the published prompt formats of the model families; they are this project's own.
 """
 
 from __future__ import annotations
@@ -108,6 +108,34 @@ TEMPLATES = {
 }
 """Name -> Jinja text."""
 
+# Axolotl's names for templates that come with the models they belong to: the model's own is used.
+# Where a tokenizer has lost it, the bundled template of the same family stands in.
+_OF_MODELS = {
+    "cohere": None,
+    "command_a": None,
+    "deepseek_v2": None,
+    "deepseek_v3": None,
+    "exaone": None,
+    "exaone4": None,
+    "falcon_h1": "chatml",
+    "gemma3": "gemma",
+    "gemma3n": "gemma",
+    "gemma4": None,
+    "gemma4_unified": None,
+    "jamba": None,
+    "llama3_2_vision": "llama3",
+    "llama4": None,
+    "mistral_v2v3": "mistral",
+    "mistral_v3_tekken": "mistral",
+    "mistral_v7_tekken": None,
+    "phi_35": "phi_3",
+    "phi_4": None,
+    "qwen2_vl": "chatml",
+    "qwen3": "chatml",
+    "qwen3_5": "chatml",
+    "qwen_25": "chatml",
+}
+
 OWN = "tokenizer_default"
 _FALLBACK = "tokenizer_default_fallback_"
 
@@ -126,24 +154,25 @@ def template_text(name: str | None, jinja: str | None, key: str = "chat_template
         return _jinja_text(jinja, key)
     if name == "jinja":
         raise StageError(f"{key}: jinja needs the template itself: set `{key}_jinja`")
-    if name is None or name == OWN or name.startswith(_FALLBACK):
+    if name is None or name == OWN or name in _OF_MODELS or name.startswith(_FALLBACK):
         return None
     return _named(name, key)
 
 
 def fallback_text(name: str | None, key: str = "chat_template") -> str | None:
-    """The template used when the tokenizer has none: `tokenizer_default_fallback_<name>`, or None."""
+    """The template for a tokenizer that has none of its own, if the recipe's name means one."""
     if name is None or not name.startswith(_FALLBACK):
-        return None
+        family = _OF_MODELS.get(name or "")
+        return TEMPLATES[family] if family else None
     return _named(name.removeprefix(_FALLBACK), key)
 
 
 def _named(name: str, key: str) -> str:
     if name not in TEMPLATES:
         raise StageError(
-            f"{key}: there is no template named {name!r}; there are {', '.join(sorted(TEMPLATES))}. "
-            f"For the one that comes with the model set `{key}: {OWN}`; for any other give its text "
-            f"with `{key}_jinja`"
+            f"{key}: there is no template named {name!r}, but {', '.join(sorted(TEMPLATES))}. "
+            f"For the one that comes with the model set `{key}: {OWN}`; for any other give its "
+            f"text with `{key}_jinja`"
         )
     return TEMPLATES[name]
 

@@ -1,4 +1,4 @@
-"""The tokenizer as a recipe wants it, saved into the artifact, and a light reader of what was saved.
+"""The tokenizer as a recipe wants it, saved into the artifact; and a light reader of it.
 
 Saving needs Transformers; reading needs only `tokenizers`, so a worker process starts in a moment.
 """

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 
 
 class EmbeddingNoise:
@@ -20,8 +19,11 @@ class EmbeddingNoise:
         self._alpha = alpha
         self._cu_seqlens: Tensor | None = None
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Hook the noise into the model's input embedding, for good."""
+    def attach(self, model: Any) -> None:
+        """Hook the noise into the model's input embedding, for good.
+
+        `model` is the outermost one that is called: PEFT goes past the hooks of the one inside.
+        """
         model.register_forward_pre_hook(self._remember, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add)
 

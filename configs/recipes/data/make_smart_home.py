@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-SEED = 7
+SEED = 2024
 TRAIN_ROWS = 480
 HELD_OUT_ROWS = 100
 TRAIN_FILE = "smart_home_train.jsonl"
@@ -40,7 +40,7 @@ COMMANDS = {
         "turn off the {room} light",
         "switch the lamp off in the {room}",
         "put the lights out in the {room}",
-        "make the {room} dark",
+        "kill the lights in the {room}",
     ),
     ("lamp", "set"): (
         "dim the {room} light to {value} percent",
@@ -85,7 +85,7 @@ COMMANDS = {
     ),
     ("speaker", "on"): (
         "play some music in the {room}",
-        "put a record on in the {room}",
+        "put some music on in the {room}",
         "turn on the {room} speaker",
         "start the radio in the {room}",
     ),
@@ -121,12 +121,12 @@ COMMANDS = {
 COMPLAINTS = {
     ("lamp", "on"): ("It is too dark in the {room}.", "I can't see a thing in the {room}."),
     ("lamp", "off"): ("Nobody needs a light in the {room}.", "We forgot the lamp in the {room}!"),
-    ("heating", "on"): ("It is freezing in the {room}.", "The {room} is far too cold."),
-    ("heating", "off"): ("The {room} is far too warm.", "Nobody needs the {room} heated."),
+    ("heating", "on"): ("It is freezing in the {room}.", "The {room} is so cold."),
+    ("heating", "off"): ("It is far too hot in the {room}.", "Nobody needs the {room} heated."),
     ("blinds", "open"): ("I want to see the sky from the {room}.",),
     ("blinds", "close"): ("The neighbours can look into the {room}.",),
     ("speaker", "on"): ("It is too quiet in the {room}.",),
-    ("speaker", "off"): ("The music in the {room} is getting on my nerves.",),
+    ("speaker", "off"): ("No more music in the {room}!",),
     ("fan", "on"): ("The air in the {room} is so stuffy.",),
     ("fan", "off"): ("That fan in the {room} is too noisy.",),
 }

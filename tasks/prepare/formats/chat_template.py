@@ -1,4 +1,4 @@
-"""`type: chat_template`: a list of messages, rendered by a chat template; some roles are trained."""
+"""`type: chat_template`: a list of messages, some trained, for a chat template to render."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Options:
             messages=dataset.field_messages,
             properties=_PLAIN | dict(dataset.message_property_mappings or {}),
             roles=roles,
-            roles_to_train=tuple(sorted({roles.get(r, r) for r in dataset.roles_to_train})),
+            roles_to_train=tuple(sorted({roles.get(r) or r for r in dataset.roles_to_train})),
             train_on_inputs=bool(recipe.train_on_inputs if whole is None else whole),
             train_on_eos=dataset.train_on_eos,
             train_on_eot=dataset.train_on_eot or dataset.train_on_eos,
@@ -66,8 +66,9 @@ def read(row: Mapping[str, Any], options: Options) -> Conversation:
     raw = _messages(row, options.messages)
     properties = _properties(raw, options.properties)
     messages = tuple(_message(m, i, properties, options.roles) for i, m in enumerate(raw))
-    if messages and messages[0]["role"] != "system" and isinstance(row.get("system"), str):
-        messages = ({"role": "system", "content": row["system"]}, *messages) if row["system"] else messages
+    system = row.get("system")
+    if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": system}, *messages)
     trained = tuple(message["role"] in options.roles_to_train for message in messages)
     return Conversation(messages, trained, _tools(row.get("tools")))
 

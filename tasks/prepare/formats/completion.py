@@ -1,4 +1,4 @@
-"""`type: completion`: plain text, all of it trained; a long text is cut into `sequence_len` pieces."""
+"""`type: completion`: plain text, all of it trained, cut into pieces of `sequence_len`."""
 
 from __future__ import annotations
 

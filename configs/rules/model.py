@@ -1,4 +1,4 @@
-"""Rules about number formats and classes."""
+"""Rules about number formats and what the model is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ def tokenizer_classes_are_tokenizers(recipe: Recipe, given: frozenset[str]) -> I
         yield ("tokenizer_type",), "not a tokenizer's class", "Use AutoTokenizer"
 
 
+@rule("base_model", "base_model_config")
+def the_model_has_its_own_config(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Weights are read with the configuration they were saved with."""
+    if recipe.base_model_config not in (None, recipe.base_model):
+        why = "reading a model with another one's configuration is not here yet"
+        yield ("base_model_config",), why, "Remove it"
+
+
 RULES = (
+    the_model_has_its_own_config,
     float16_is_refused,
     only_causal_language_models,
     tokenizer_classes_are_tokenizers,

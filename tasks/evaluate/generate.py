@@ -1,0 +1,155 @@
+"""Greedy answers to prompts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from regrow.tasks.stage import Reporter
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked, and, if known, what it should answer."""
+
+    text: str
+    ids: tuple[int, ...]
+    expected: str | None = None
+
+
+def held_out_prompts(prepared: Path, most: int) -> list[Prompt]:
+    """The first prompts of a prepared artifact's `prompts.jsonl`; none when it has no such file."""
+    path = prepared / "prompts.jsonl"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, most)]
+    return [Prompt(row["prompt"], tuple(row["prompt_ids"]), row["expected"]) for row in rows]
+
+
+def fixed_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Prompts as a user would put them: through the chat template, when there is one."""
+    prompts = []
+    for text in texts:
+        shown = _as_chat(tokenizer, text) if tokenizer.chat_template else text
+        # The template writes the begin-of-text token itself, if the model wants one.
+        ids = tokenizer(shown, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        prompts.append(Prompt(text, tuple(ids)))
+    return prompts
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    messages = [{"role": "user", "content": text}]
+    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(shown, str)
+    return shown
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and the model's end, and the template's.
+
+    The template's is the first special token that it writes after an assistant's words; many
+    models end a turn with a token that is not their end-of-text token.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    several = configured if isinstance(configured, list) else [configured]
+    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *several]
+    return sorted({token for token in found if isinstance(token, int)})
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if not tokenizer.chat_template:
+        return None
+    words = "The answer."
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    try:
+        shown = tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return None  # a template for other kinds of turns: the two other ends remain
+    assert isinstance(shown, str)
+    after = tokenizer(shown.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in after if token in special), None)
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    report: Reporter,
+) -> list[str]:
+    """One answer a prompt, in their order, without special tokens.
+
+    Args:
+        model: with attention "sdpa", on its device.
+        batch_size: prompts answered side by side, padded on the left; those of like length are
+            put together.
+    """
+    stops = stop_ids(tokenizer, model)
+    config = _greedy(tokenizer, stops, max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
+    texts = [""] * len(prompts)
+    done = 0
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = _left_padded([prompts[i].ids for i in chosen], config.pad_token_id)
+        made = _generate(model, inputs, config)
+        for i, ids in zip(chosen, made.tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
+            texts[i] = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+        done += len(chosen)
+        report.progress(done, len(prompts), "prompts", "answers")
+    return texts
+
+
+def _greedy(
+    tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_tokens: int
+) -> GenerationConfig:
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        # Said here because what is not said comes from the model's generation_config.json: a
+        # penalty there would change the answers, and the sampling values only bring warnings.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        use_cache=True,
+    )
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: Any) -> dict[str, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), int(pad), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, longest - len(row) :] = torch.tensor(row)
+        attention_mask[i, longest - len(row) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _generate(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], config: GenerationConfig
+) -> torch.Tensor:
+    """New token ids, [prompts, at most max_new_tokens]."""
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    made = model.generate(**on_device, generation_config=config)  # pyright: ignore[reportCallIssue]
+    assert isinstance(made, torch.Tensor)
+    return made[:, inputs["input_ids"].shape[1] :].cpu()

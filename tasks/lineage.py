@@ -1,0 +1,194 @@
+"""Where an artifact comes from: records followed back to the sources, as text or as a page."""
+
+from __future__ import annotations
+
+import html as markup
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from regrow.infra.artifacts import Record
+from regrow.infra.secrets import mask_secrets
+from regrow.tasks.headline import headline
+from regrow.tasks.lineage_drawing import Box, svg
+
+Lookup = Callable[[str], Record | None]
+"""The record of a key, or None."""
+
+_KEY_CHARACTERS = 12  # of a key or digest, as everywhere else in what people read
+
+
+@dataclass(frozen=True)
+class Node:
+    """An artifact, or something from outside that artifacts were made of."""
+
+    id: str
+    title: str
+    """The stage, or what kind of source it is."""
+    key: str
+    """Key or digest, in full; "" where none is known."""
+    note: str
+    """The stage's main figure, or the source's name."""
+    inputs: tuple[str, ...] = ()
+    """Ids of what it was made from."""
+    record: Record | None = None
+
+    @property
+    def short_key(self) -> str:
+        """Enough of the key to find it by."""
+        return self.key[:_KEY_CHARACTERS]
+
+
+def graph(record: Record, lookup: Lookup) -> list[Node]:
+    """The record's node last, each node after those that it was made from.
+
+    An input whose record is gone is a node of its own that says so.
+    """
+    nodes: dict[str, Node] = {}
+    _visit(record, record.stage, lookup, nodes)
+    return _with_distinct_titles(list(nodes.values()))
+
+
+def _visit(record: Record, role: str, lookup: Lookup, nodes: dict[str, Node]) -> None:
+    inputs = []
+    for name, key in record.inputs.items():
+        full = _beside(record.key, key)
+        if full not in nodes:
+            found = lookup(full)
+            if found is None:
+                nodes[full] = Node(full, name, key, "its record is gone")
+            else:
+                _visit(found, name, lookup, nodes)
+        inputs.append(full)
+    for source in _sources(record):
+        nodes.setdefault(source.id, source)
+        inputs.append(source.id)
+    key = record.key.rpartition("/")[2]
+    title = f"{record.stage}/{role}"
+    nodes[record.key] = Node(record.key, title, key, _figure(record), tuple(inputs), record)
+
+
+def _beside(place: str, key: str) -> str:
+    """Where an input's record is: beside the record that names it."""
+    folder = place.rpartition("/")[0]
+    return f"{folder}/{key}" if folder and "/" not in key else key
+
+
+def _with_distinct_titles(nodes: list[Node]) -> list[Node]:
+    """Titles are stages; where a stage comes twice, the input that it was to others is added."""
+    stages = [node.title.partition("/")[0] for node in nodes]
+    named = []
+    for node, stage in zip(nodes, stages, strict=True):
+        role = node.title.partition("/")[2]
+        twice = node.record is not None and stages.count(stage) > 1 and role != stage
+        named.append(replace(node, title=f"{stage} ({role})" if twice else stage))
+    return named
+
+
+def _figure(record: Record) -> str:
+    try:
+        return headline(record.stage, record.result)
+    except (KeyError, TypeError, AttributeError):
+        return ""  # a record of another version, whose result has another form
+
+
+def _sources(record: Record) -> Iterator[Node]:
+    """What a stage read that no stage made: source files, tokenizer, base model."""
+    spec = record.spec if isinstance(record.spec, Mapping) else {}
+    placement = record.provenance.get("placement") or {}
+    places = placement.get("locations") or {}
+    for digest in dict.fromkeys(_file_digests(spec)):
+        yield _source("data", digest, places.get(digest, ""))
+    if spec.get("tokenizer"):
+        yield _source("tokenizer", spec["tokenizer"], placement.get("tokenizer_path"))
+    weights = spec.get("base_model_digest") or spec.get("model_digest")
+    if weights:
+        yield _source("base model", weights, placement.get("base_model"))
+
+
+def _file_digests(spec: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("datasets", "test_datasets"):
+        for dataset in spec.get(name) or ():
+            for file in dataset.get("files") or ():
+                yield file["sha256"]
+
+
+def _source(kind: str, digest: str, place: str | None) -> Node:
+    name = PurePosixPath(mask_secrets(place)).name if place else ""
+    return Node(f"{kind}:{digest}", kind, digest, name)
+
+
+def tree(record: Record, lookup: Lookup) -> str:
+    """The lineage as an indented text; what was shown once is only named the next time."""
+    nodes = {node.id: node for node in graph(record, lookup)}
+    return "\n".join(_branch(nodes[record.key], nodes, "", "", set()))
+
+
+def _branch(
+    node: Node, nodes: Mapping[str, Node], head: str, indent: str, shown: set[str]
+) -> Iterator[str]:
+    seen = node.id in shown and bool(node.inputs)
+    shown.add(node.id)
+    words = [node.title, node.short_key, "(as above)" if seen else node.note]
+    yield head + "  ".join(word for word in words if word)
+    if seen:
+        return
+    for i, source in enumerate(node.inputs):
+        last = i == len(node.inputs) - 1
+        inner_head = indent + ("└─ " if last else "├─ ")
+        inner_indent = indent + ("   " if last else "│  ")
+        yield from _branch(nodes[source], nodes, inner_head, inner_indent, shown)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 14px/1.5 system-ui, sans-serif; margin: 24px; color: #1d2733; background: #fff }}
+h1 {{ font-size: 20px }} .graph {{ overflow-x: auto }} code {{ font-size: 12px }}
+table {{ border-collapse: collapse; margin-top: 16px }}
+th, td {{ text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid #dde3ea;
+  vertical-align: top }}
+pre {{ white-space: pre-wrap; max-width: 60em; font-size: 12px }}
+</style></head><body><h1>{title}</h1>
+<p>From the sources on the left to the result on the right. A key is the sha256 of all that decided
+an artifact: equal keys, equal results.</p>
+<div class="graph">{svg}</div>
+<table><tr><th>what</th><th>key or digest</th><th>made (UTC)</th><th>size</th><th>result</th></tr>
+{rows}</table></body></html>
+"""
+
+
+def html(record: Record, lookup: Lookup) -> str:
+    """The lineage as one page with a drawn graph; it loads nothing and runs no script."""
+    nodes = graph(record, lookup)
+    page = _PAGE.format(
+        title=markup.escape(f"Lineage of {nodes[-1].title} {nodes[-1].short_key}"),
+        svg=svg([_box(node) for node in nodes]),
+        rows="\n".join(_row(node) for node in nodes),
+    )
+    return mask_secrets(page)
+
+
+def _box(node: Node) -> Box:
+    lines = (node.title, node.short_key, node.note)
+    hint = f"{node.title} {node.key} {node.note}"
+    return Box(node.id, lines, hint, node.inputs, outside=node.record is None)
+
+
+def _row(node: Node) -> str:
+    made = size = spec = ""
+    if node.record is not None:
+        host = node.record.provenance.get("host", "")
+        made = node.record.created[:16].replace("T", " ") + (f" on {host}" if host else "")
+        size = f"{node.record.size / 1e6:,.1f} MB"
+        text = json.dumps(node.record.spec, indent=1, ensure_ascii=False)
+        spec = f"<details><summary>spec</summary><pre>{markup.escape(text)}</pre></details>"
+    cells = [node.title, node.key, made, size, node.note]
+    title, key, *rest = [markup.escape(cell) for cell in cells]
+    rest[-1] += spec
+    return (
+        f"<tr><td>{title}</td><td><code>{key}</code></td>"
+        + "".join(f"<td>{cell}</td>" for cell in rest)
+        + "</tr>"
+    )

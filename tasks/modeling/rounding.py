@@ -1,0 +1,49 @@
+"""Brings float32 weights to bfloat16 without losing what training changed.
+
+A trained weight is an old bfloat16 number plus a change that is often smaller than half the step to
+the next bfloat16 number; rounding to the nearest takes it back to the old number, in most weights
+at once. Stochastic rounding (Gupta et al. 2015, arXiv 1502.02551) goes up or down with the
+probability that keeps the mean, so that the sum over many weights keeps the change.
+
+Measured on SmolLM2-135M-Instruct (LoRA r=16 on all linear layers, 544 tokens of GSM8K; root mean
+square of the logits' error after merging, as a share of what the adapter changes): after 30 steps
+at 2e-4 11 % by nearest and 1.5 to 1.7 % stochastically, after 4 steps at 2e-5 83 % and 9 to 11 %.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_DROPPED_BITS = 16  # float32 has 23 bits of mantissa, bfloat16 the upper 7 of them
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the model to `dtype`, in place; the same bytes each time.
+
+    Parameters in float32 are rounded stochastically to bfloat16, with random bits that follow from
+    the parameter's name; to other types, and buffers, as torch does.
+    """
+    if dtype == torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32:
+                parameter.data = round_stochastically(parameter.data, name)
+    model.to(dtype)
+
+
+def round_stochastically(weight: Tensor, name: str) -> Tensor:
+    """A finite float32 tensor as bfloat16. What bfloat16 can hold is not changed."""
+    bits = weight.detach().cpu().contiguous().view(torch.int32)
+    noise = torch.from_numpy(_random_bits(name, bits.numel())).view(bits.shape)
+    rounded = (bits + noise) & -(1 << _DROPPED_BITS)
+    return rounded.view(torch.float32).to(weight.device, torch.bfloat16)
+
+
+def _random_bits(name: str, count: int) -> np.ndarray:
+    """`count` numbers of 16 random bits, int32. Numpy never changes this stream (NEP 19)."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
+    words = np.random.Philox(key=key).random_raw(-(-count // 4))  # 4 times 16 bits in a word
+    return words.astype("<u8").view("<u2")[:count].astype(np.int32)

@@ -1,0 +1,88 @@
+"""What decides a publication (`PublishSpec`), and what only its card tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import yaml
+
+from regrow.infra.secrets import mask_secrets
+from regrow.tasks.stage import StageError
+
+if TYPE_CHECKING:
+    from regrow.configs.recipe import Recipe
+
+VERSION = 1
+"""Raised whenever the same spec and inputs would be delivered otherwise."""
+
+
+@dataclass(frozen=True)
+class PublishSpec:
+    """Under which name the model goes where."""
+
+    model_name: str
+    target: str | None
+    """URL or absolute path that the files are copied to."""
+    hub_model_id: str | None = None
+    """owner/name on the Hugging Face hub."""
+    hub_private_repo: bool = True
+    """Whether that repository is made private."""
+    register_as: str | None = None
+    """Name in MLflow's model registry."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, model_name: str) -> PublishSpec:
+        """The destinations of a recipe; a relative `output_dir` starts in the current directory.
+
+        Raises:
+            StageError: when `output_dir` holds a password, which would be written into records.
+        """
+        return cls(
+            model_name=model_name,
+            target=_target(recipe.output_dir),
+            hub_model_id=recipe.hub_model_id,
+            hub_private_repo=recipe.hub_private_repo,
+            register_as=recipe.register_as,
+        )
+
+
+@dataclass(frozen=True)
+class PublishPlacement:
+    """What the card tells of the run that published; decides not whether it is done again."""
+
+    recipe_text: str = ""
+    """The recipe as YAML, without secrets."""
+    base_model: str | None = None
+    """Local directory, or pinned place on the hub."""
+    base_model_name: str | None = None
+    """As the recipe names it."""
+    datasets: tuple[str, ...] = ()
+    """Paths or hub names, as the recipe names them."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, base_model: str | None = None) -> PublishPlacement:
+        """What a recipe says of the run; `base_model` is the place where the base was found."""
+        given = recipe.model_dump(mode="json", exclude_defaults=True)
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+        return cls(
+            recipe_text=mask_secrets(text),
+            base_model=base_model,
+            base_model_name=recipe.base_model,
+            datasets=tuple(str(dataset.path) for dataset in recipe.datasets),
+        )
+
+
+def _target(output_dir: str | None) -> str | None:
+    if not output_dir:
+        return None
+    if "://" not in output_dir:
+        return str(Path(output_dir).expanduser().absolute())
+    if urlsplit(output_dir).password:
+        raise StageError(
+            f"output_dir: {mask_secrets(output_dir)} holds a password, which would stand in the "
+            "run's records; give it to the storage driver by its own configuration or environment"
+        )
+    return output_dir.rstrip("/")

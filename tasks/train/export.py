@@ -1,0 +1,42 @@
+"""Writes the result of training: the same bytes on every machine, and nothing but the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.modeling_utils import PreTrainedModel
+
+from regrow.tasks.modeling.rounding import round_weights
+
+
+def save_adapter(model: PeftModel, out: Path) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json`, in the form that PEFT loads."""
+    model.save_pretrained(str(out), save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's model card: it names a local path
+    path = out / "adapter_config.json"
+    path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2, sort_keys=True))
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the base model's path; lists that PEFT keeps as sets (random order) are sorted."""
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    return config | {"base_model_name_or_path": None, "revision": None}
+
+
+def save_model(model: PreTrainedModel, out: Path, dtype: torch.dtype, use_cache: bool) -> None:
+    """Safetensors in `dtype` with config.json, in the form that Transformers loads.
+
+    The model itself is rounded to `dtype`, see `regrow.tasks.modeling.rounding`.
+
+    Args:
+        use_cache: what the base model's config says of the key-value cache; training turns it off.
+    """
+    round_weights(model, dtype)
+    model.config.use_cache = use_cache
+    model.save_pretrained(str(out))

@@ -1,0 +1,11 @@
+"""Supervised fine-tuning: cross entropy on the supervised tokens of packed examples."""
+
+from __future__ import annotations
+
+from transformers import Trainer
+
+from regrow.tasks.train.trainers.loop import StepLoop
+
+
+class SftTrainer(StepLoop, Trainer):
+    """Transformers' loop and the model's own loss; all else is in `StepLoop`."""

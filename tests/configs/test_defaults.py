@@ -1,0 +1,107 @@
+"""What one key implies for another is filled in, and said where it may surprise."""
+
+from __future__ import annotations
+
+import pytest
+
+from regrow.configs.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("written", "field", "value"),
+    [
+        ("", "save_strategy", "epoch"),
+        ("save_steps: 5", "save_strategy", "steps"),
+        ("saves_per_epoch: 2", "save_strategy", "steps"),
+        ("saves_per_epoch: 0", "save_strategy", "no"),
+        ("", "eval_strategy", "no"),
+        ("val_set_size: 0.1", "eval_strategy", "epoch"),
+        ("val_set_size: 0.1\nevals_per_epoch: 2", "eval_strategy", "steps"),
+        ("val_set_size: 0.1\nevals_per_epoch: 0", "eval_strategy", "no"),
+        ("val_set_size: 0.1\neval_steps: 2", "eval_strategy", "steps"),
+        ("evals_per_epoch: 2", "eval_strategy", "no"),
+        ("", "warmup_ratio", 0.03),
+        ("warmup_steps: 7", "warmup_ratio", None),
+        ("lr_scheduler: constant", "warmup_steps", 0),
+        ("sample_packing: true", "eval_sample_packing", True),
+        ("sample_packing: true\neval_sample_packing: false", "eval_sample_packing", False),
+        ("cosine_min_lr_ratio: 0.2", "lr_scheduler", "cosine_with_min_lr"),
+        ("cosine_min_lr_ratio: 0.2", "lr_scheduler_kwargs", {"min_lr_rate": 0.2}),
+        ("eval_batch_size: 9", "eval_batch_size", 9),
+        ("val_set_size: 500", "val_set_size", 500),
+    ],
+)
+def test_values_follow(load, minimal, written, field, value):
+    assert getattr(load(f"{minimal}{written}\n").recipe, field) == value
+
+
+@pytest.mark.parametrize(
+    ("removed", "added", "micro", "accumulation"),
+    [
+        ("gradient_accumulation_steps", "batch_size: 16", 2, 8),
+        ("micro_batch_size", "batch_size: 16", 4, 4),
+        ("", "batch_size: 8", 2, 4),
+    ],
+)
+def test_the_third_batch_key_follows_from_two(load, minimal, removed, added, micro, accumulation):
+    kept = [line for line in minimal.splitlines() if not (removed and line.startswith(removed))]
+    recipe = load("\n".join([*kept, added]) + "\n").recipe
+    assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps) == (micro, accumulation)
+    assert recipe.global_batch_size == recipe.batch_size == micro * accumulation
+
+
+def test_datasets_take_template_and_masking_from_the_recipe(load, minimal):
+    text = minimal.replace("type: alpaca", "type: chat_template") + (
+        "chat_template: chatml\ntrain_on_inputs: true\n"
+    )
+    entry = load(text).recipe.datasets[0]
+    assert entry.chat_template == "chatml"
+    assert entry.train_on_inputs is True
+    assert entry.train_on_eot == entry.train_on_eos == "turn"
+
+
+def test_a_datasets_own_settings_stay(load, minimal):
+    own = "type: chat_template\n    chat_template: llama3\n    train_on_inputs: false"
+    text = minimal.replace("type: alpaca", own) + "chat_template: chatml\ntrain_on_inputs: true\n"
+    entry = load(text).recipe.datasets[0]
+    assert (entry.chat_template, entry.train_on_inputs) == ("llama3", False)
+
+
+def test_chats_use_the_tokenizers_template_unless_told(load, minimal):
+    recipe = load(minimal.replace("type: alpaca", "type: chat_template")).recipe
+    assert recipe.datasets[0].chat_template == "tokenizer_default"
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", "batch: each optimizer step takes 8 rows on any number of GPUs"),
+        ("", "set warmup_ratio: 0.03 because"),
+        ("lora_r: 8", "ignored lora_r because `adapter` is not set"),
+        ("evals_per_epoch: 2", "ignored evals_per_epoch because there is no validation data"),
+        ("optimizer: sgd\nadam_beta2: 0.95", "ignored adam_beta2 because `optimizer: sgd`"),
+        ("optimizer: adamw_bnb_8bit", "optimizer: adamw_bnb_8bit needs bitsandbytes"),
+        ("trust_remote_code: true", "trust_remote_code: code that comes with the model will run"),
+        ("max_steps: 5\nnum_epochs: 2", "ignored num_epochs because `max_steps: 5` decides"),
+        ("model_type: LlamaForCausalLM", "ignored model_type because"),
+    ],
+)
+def test_surprises_are_said(notices_of, minimal, written, said):
+    assert [notice for notice in notices_of(f"{minimal}{written}\n") if notice.startswith(said)]
+
+
+def test_the_short_default_length_is_said(notices_of, minimal):
+    said = "set sequence_len: 512 because it is Axolotl's default"
+    assert said in notices_of(minimal.replace("sequence_len: 1024\n", ""))
+    assert said not in notices_of(minimal)
+
+
+def test_the_same_recipe_means_the_same_on_every_machine(load, minimal):
+    """`auto` is not looked up: keys must not depend on the machine."""
+    words = ("auto", "true", "full")
+    assert {load(f"{minimal}bf16: {word}\n").recipe.dtype for word in words} == {"bfloat16"}
+
+
+def test_every_field_says_what_it_means():
+    for name, field in Recipe.model_fields.items():
+        assert field.description, name

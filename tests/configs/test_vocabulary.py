@@ -1,0 +1,257 @@
+"""Every key of Axolotl has one honest status: a field, another name, no effect, or refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from regrow.configs.faults import RecipeError
+from regrow.configs.load import parse_recipe
+from regrow.configs.recipe import Recipe
+from regrow.configs.sections.data import Dataset
+from regrow.configs.vocabulary import (
+    DATASET_WORDS,
+    OFF,
+    REFUSED_VALUES,
+    WORDS,
+    Refused,
+    Renamed,
+)
+
+AXOLOTL_KEYS = (Path(__file__).parent / "axolotl_keys.txt").read_text().split()
+
+
+def recipe_with(key: str, value: Any) -> dict[str, Any]:
+    """A smallest recipe with `value` at `key`, written as datasets[].type."""
+    base = {
+        "base_model": "org/model",
+        "datasets": [{"path": "org/data", "type": "alpaca"}],
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 2e-4,
+    }
+    for part in reversed(re.findall(r"\[\]|[^.\[\]]+", key)):
+        value = [value] if part == "[]" else {part: value}
+    (top,) = value
+    if top == "datasets" and isinstance(value[top][0], dict):
+        return {**base, "datasets": [{**base["datasets"][0], **value[top][0]}]}
+    return {**base, **value}
+
+
+def told_about(key: str, value: Any) -> str:
+    """All that is said about a recipe with `value` at `key`; "unknown key" never is."""
+    try:
+        notices, faults = parse_recipe(recipe_with(key, value)).notices, ()
+    except RecipeError as error:
+        notices, faults = error.notices, error.faults
+    said = "\n".join(map(str, (*notices, *faults)))
+    assert "unknown key" not in said
+    return said
+
+
+def is_field(key: str) -> bool:
+    top, *below = re.findall(r"[^.\[\]]+", key)
+    if top not in Recipe.model_fields:
+        return False
+    return top != "datasets" or not below or below[0] in Dataset.model_fields
+
+
+@pytest.mark.parametrize("key", AXOLOTL_KEYS)
+def test_every_key_in_use_is_a_field_or_is_spoken_of(key):
+    said = told_about(key, "x")
+    top, *below = re.findall(r"[^.\[\]]+", key)
+    assert is_field(key) or (below[0] if top == "datasets" else top) in said
+
+
+@pytest.mark.parametrize("key", sorted(WORDS.keys() - {"save_safetensors"}))
+def test_a_key_that_is_off_is_accepted_without_a_word(key):
+    if isinstance(WORDS[key], Renamed):
+        return
+    silent = parse_recipe(recipe_with("seed", 42))
+    for off in (None, False, "", [], {}, 0):
+        loaded = parse_recipe(recipe_with(key, off))
+        assert loaded.recipe == silent.recipe
+        assert loaded.notices == silent.notices
+
+
+def test_words_and_fields_do_not_overlap():
+    assert not WORDS.keys() & Recipe.model_fields.keys()
+    assert not DATASET_WORDS.keys() & Dataset.model_fields.keys()
+
+
+def test_renamed_keys_end_at_a_field_or_a_refusal():
+    for word in WORDS.values():
+        if isinstance(word, Renamed):
+            assert word.to in Recipe.model_fields or isinstance(WORDS[word.to], Refused)
+
+
+def test_refused_words_have_a_reason_and_a_remedy():
+    for word in [*WORDS.values(), *DATASET_WORDS.values()]:
+        if isinstance(word, Refused):
+            assert word.why
+            assert word.remedy
+    assert OFF.keys() <= WORDS.keys() | DATASET_WORDS.keys()
+    assert REFUSED_VALUES.keys() <= Recipe.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "field", "value"),
+    [
+        ("dataset_processes: 3", "dataset_num_proc", 3),
+        ("evaluation_strategy: no", "eval_strategy", "no"),
+        ("noisy_embedding_alpha: 5", "neftune_noise_alpha", 5.0),
+        ("model_revision: abc", "revision_of_model", "abc"),
+        ("type_of_model: LlamaForCausalLM", "model_type", "LlamaForCausalLM"),
+        ("adam_eps: 1e-5", "adam_epsilon", 1e-5),
+        ("bfloat16: true", "bf16", True),
+        ("float32: true", "bf16", False),
+        ("flash_attention: true", "attn_implementation", "regrow_packed"),
+        ("attn_implementation: kernels-community/x", "attn_implementation", "regrow_packed"),
+        ("warmup_steps: 0.1", "warmup_ratio", 0.1),
+        ("gradient_checkpointing: offload", "gradient_checkpointing", True),
+        ("save_strategy: no", "save_strategy", "no"),
+    ],
+)
+def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
+    assert getattr(load(f"{minimal}{written}\n").recipe, field) == value
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("dataset_processes: 3", "read dataset_processes as dataset_num_proc because"),
+        ("flash_attention: true", "read flash_attention as regrow_packed because"),
+        ("wandb_project: x\nwandb_name: y", "ignored wandb_project, wandb_name because MLflow"),
+        ("liger_rope: true", "ignored liger_rope because Regrow chooses its kernels itself"),
+        (
+            "plugins: [axolotl.integrations.liger.LigerPlugin]",
+            "ignored axolotl.integrations.liger.LigerPlugin because Regrow chooses",
+        ),
+        ("resume_from_checkpoint: out", "ignored resume_from_checkpoint because a run resumes"),
+        ("dataset_prepared_path: out", "ignored dataset_prepared_path because prepared data"),
+        ("gradient_checkpointing: offload", "set gradient_checkpointing: true because"),
+    ],
+)
+def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
+    assert [notice for notice in notices_of(f"{minimal}{written}\n") if notice.startswith(said)]
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "why"),
+    [
+        ("rl: dpo", "rl", "preference and reinforcement training is not here yet"),
+        ("reward_model: true", "reward_model", "reward model training is not here yet"),
+        ("processor_type: AutoProcessor", "processor_type", "training on images or audio"),
+        ("tensor_parallel_size: 2", "tensor_parallel_size", "splitting a model over devices"),
+        ("sequence_parallel_degree: 2", "sequence_parallel_degree", "splitting a model"),
+        ("context_parapllel_size: 2", "context_parapllel_size", "splitting a model"),
+        ("save_safetensors: false", "save_safetensors", "only ever written as safetensors"),
+        ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),
+        ("optimizer: adamw_torch_8bit", "optimizer", "it needs torchao"),
+        ("lr_scheduler: rex", "lr_scheduler", "this schedule is not here yet"),
+        ("save_strategy: best", "save_strategy", "choosing the best checkpoint"),
+        ("float16: true", "float16", "training in float16 is not here"),
+        ("bf16: true\nfloat32: true", "float32", "`bf16` says otherwise"),
+        ("max_packed_sequence_len: 8", "max_packed_sequence_len", "it was replaced"),
+        ("attn_implementation: flash", "attn_implementation", "no such attention"),
+        (
+            "attn_implementation: sdpa\nflash_attention: true",
+            "flash_attention",
+            "`attn_implementation: sdpa` says otherwise",
+        ),
+        (
+            "dataset_processes: 2\ndataset_num_proc: 3",
+            "dataset_processes",
+            "it is the old name of `dataset_num_proc`",
+        ),
+        (
+            "noisy_embedding_alpha: 2\nneftune_noise_alpha: 3",
+            "noisy_embedding_alpha",
+            "it is the old name of `neftune_noise_alpha`",
+        ),
+    ],
+)
+def test_what_would_not_happen_is_refused(faults_of, minimal, written, key, why):
+    (fault,) = faults_of(f"{minimal}{written}\n")
+    assert fault.key == key
+    assert why in fault.why
+    assert fault.line
+    assert fault.line >= 9
+
+
+def test_sizes_of_one_split_nothing(load, minimal):
+    load(minimal + "tensor_parallel_size: 1\ncontext_parallel_size: 1\ndp_shard_size: 1\n")
+
+
+def dataset(*lines: str) -> str:
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def with_dataset(minimal: str, *lines: str) -> str:
+    return minimal.replace("    type: alpaca\n", dataset(*lines))
+
+
+def test_old_message_fields_become_mappings(load, minimal):
+    lines = ("type: chat_template", "message_field_role: from", "message_field_content: value")
+    entry = load(with_dataset(minimal, *lines)).recipe.datasets[0]
+    assert entry.message_property_mappings == {"role": "from", "content": "value"}
+
+
+def test_reasoning_keys_become_a_mapping(load, minimal):
+    lines = ("type: chat_template", "field_thinking: thoughts", "template_thinking_key: thinking")
+    entry = load(with_dataset(minimal, *lines)).recipe.datasets[0]
+    assert entry.message_property_mappings == {
+        "role": "role",
+        "content": "content",
+        "thinking": "thoughts",
+    }
+
+
+def test_a_mapping_of_one_property_leaves_the_other(load, minimal):
+    lines = ("type: chat_template", "message_property_mappings: {content: value}")
+    entry = load(with_dataset(minimal, *lines)).recipe.datasets[0]
+    assert entry.message_property_mappings == {"content": "value", "role": "role"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "why"),
+    [
+        (["type: sharegpt.load_role"], "type", "sharegpt was removed"),
+        (["type: {field_instruction: q}"], "type", "prompts written in the recipe"),
+        (["type: oasst"], "type", "expected alpaca, chat_template or completion"),
+        (["type: alpaca", "train_on_split: x"], "train_on_split", "do not read it"),
+        (["type: alpaca", "field_chosen: x"], "field_chosen", "preference and reinforcement"),
+        (
+            [
+                "type: chat_template",
+                "message_field_role: from",
+                "message_property_mappings: {role: who}",
+            ],
+            "message_field_role",
+            "`message_property_mappings.role` says otherwise",
+        ),
+    ],
+)
+def test_datasets_that_would_be_read_otherwise_are_refused(faults_of, minimal, lines, key, why):
+    (fault,) = faults_of(with_dataset(minimal, *lines))
+    assert fault.key == f"datasets[0].{key}"
+    assert why in fault.why
+    assert fault.line
+
+
+def test_a_map_of_tokens_is_special_tokens(load, faults_of, minimal):
+    text = minimal + "tokens:\n  bos_token: <s>\n  eos_token: </s>\n"
+    recipe = load(text).recipe
+    assert recipe.tokens == ()
+    assert recipe.special_tokens.eos_token == "</s>"
+    (fault,) = faults_of(text + "special_tokens:\n  eos_token: <end>\n")
+    assert (fault.key, fault.line) == ("tokens.eos_token", 11)
+
+
+def test_the_example_keys_are_a_list_of_names():
+    assert len(AXOLOTL_KEYS) == 399
+    assert yaml.safe_load("\n".join(AXOLOTL_KEYS[:1])) == "base_model"
