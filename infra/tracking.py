@@ -37,6 +37,9 @@ _ANSWER_KEEPS_SECONDS = 1.0
 # SQLite refuses at once, without its busy timeout, where two writers would block each other.
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
+# By this tag, which its own pages set, MLflow shows runs and models rather than chat traces.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -198,7 +201,7 @@ class Tracker:
     def _find_or_make_experiment(self) -> str:
         found = self._connection.call("get_experiment_by_name", self.experiment)
         if found is None:
-            make = ("create_experiment", self.experiment, self._artifact_root)
+            make = ("create_experiment", self.experiment, self._artifact_root, _EXPERIMENT_TAGS)
             try:
                 return self._connection.call(*make)
             except TrackingError:  # another process may have been quicker
@@ -390,6 +393,7 @@ class Tracker:
                 model_id=model_id,
                 tags=values,
                 description=mask_secrets(description),
+                await_creation_for=0,  # nothing is copied: it is ready at once
             )
         return str(made.version)
 
@@ -418,7 +422,9 @@ class Tracker:
         """The run's page, or None where no server shows it (SQLite)."""
         if not self.uri.startswith(("http://", "https://")):
             return None
-        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        place = f"#/experiments/{self.experiment_id}/runs/{run_id}"
+        # Else MLflow 3 opens in the mode for chat traces, without models and training runs.
+        return f"{self.uri.rstrip('/')}/{place}?workflowType=machine_learning"
 
 
 def _run_info(run: Run) -> RunInfo:

@@ -135,16 +135,16 @@ def _per_example(
     assert bounds[-1] == q_TNH.shape[0], f"cu_seqlens ends at {bounds[-1]} of {q_TNH.shape[0]}"
     one = _sdpa if options.softcap is None else _capped
     parts = [
-        one(_heads_first(q_TNH, a, b), _heads_first(k_TKH, a, b), _heads_first(v_TKH, a, b), options)
-        for a, b in pairwise(bounds)
-        if b > a
+        one(*(_heads_first(x[start:end]) for x in (q_TNH, k_TKH, v_TKH)), options)
+        for start, end in pairwise(bounds)
+        if end > start
     ]
     return torch.cat([part_1NLH[0].transpose(0, 1) for part_1NLH in parts])
 
 
-def _heads_first(x_TNH: Tensor, start: int, end: int) -> Tensor:
-    """Tokens start to end as [1, N, L, H]."""
-    return x_TNH[start:end].transpose(0, 1).unsqueeze(0)
+def _heads_first(x_LNH: Tensor) -> Tensor:
+    """One example of L tokens as [1, N, L, H]."""
+    return x_LNH.transpose(0, 1).unsqueeze(0)
 
 
 def _sdpa(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:

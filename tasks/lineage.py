@@ -145,7 +145,8 @@ def _branch(
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px/1.5 system-ui, sans-serif; margin: 24px; color: #1d2733; background: #fff }}
-h1 {{ font-size: 20px }} .graph {{ overflow-x: auto }} code {{ font-size: 12px }}
+h1 {{ font-size: 20px }} code {{ font-size: 12px }}
+.graph {{ overflow-x: auto }} .graph svg {{ width: 100%; min-width: 1000px; height: auto }}
 table {{ border-collapse: collapse; margin-top: 16px }}
 th, td {{ text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid #dde3ea;
   vertical-align: top }}
@@ -154,7 +155,8 @@ pre {{ white-space: pre-wrap; max-width: 60em; font-size: 12px }}
 <p>From the sources on the left to the result on the right. A key is the sha256 of all that decided
 an artifact: equal keys, equal results.</p>
 <div class="graph">{svg}</div>
-<table><tr><th>what</th><th>key or digest</th><th>made (UTC)</th><th>size</th><th>result</th></tr>
+<table><tr><th>what</th><th>key or digest</th><th>result</th><th>size</th><th>made (UTC)</th>
+<th></th></tr>
 {rows}</table></body></html>
 """
 
@@ -177,18 +179,15 @@ def _box(node: Node) -> Box:
 
 
 def _row(node: Node) -> str:
-    made = size = spec = ""
+    cells = [node.title, node.short_key, node.note, "", "", ""]
     if node.record is not None:
         host = node.record.provenance.get("host", "")
-        made = node.record.created[:16].replace("T", " ") + (f" on {host}" if host else "")
-        size = f"{node.record.size / 1e6:,.1f} MB"
-        text = json.dumps(node.record.spec, indent=1, ensure_ascii=False)
-        spec = f"<details><summary>spec</summary><pre>{markup.escape(text)}</pre></details>"
-    cells = [node.title, node.key, made, size, node.note]
+        cells[3] = f"{node.record.size / 1e6:,.1f} MB"
+        cells[4] = node.record.created[:16].replace("T", " ") + (f" on {host}" if host else "")
     title, key, *rest = [markup.escape(cell) for cell in cells]
-    rest[-1] += spec
-    return (
-        f"<tr><td>{title}</td><td><code>{key}</code></td>"
-        + "".join(f"<td>{cell}</td>" for cell in rest)
-        + "</tr>"
-    )
+    if node.record is not None:
+        whole = {"key": node.key, "inputs": dict(node.record.inputs), "spec": node.record.spec}
+        text = json.dumps(whole, indent=1, ensure_ascii=False)
+        rest[-1] = f"<details><summary>spec</summary><pre>{markup.escape(text)}</pre></details>"
+    tail = "".join(f"<td>{cell}</td>" for cell in rest)
+    return f'<tr><td>{title}</td><td><code title="{node.key}">{key}</code></td>{tail}</tr>'

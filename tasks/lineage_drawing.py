@@ -48,6 +48,7 @@ def svg(boxes: Sequence[Box]) -> str:
     shapes = "".join(_box(box, *corners[(box.id, columns[box.id])]) for box in boxes)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{bottom}" '
+        f'style="max-width: {right}px" '
         f'viewBox="0 0 {right} {bottom}" font-family="system-ui, sans-serif" role="img">'
         f"{lines}{shapes}</svg>"
     )
@@ -71,7 +72,7 @@ def _columns(boxes: Sequence[Box]) -> dict[str, int]:
 def _corners(
     places: Sequence[Place], paths: Sequence[Sequence[Place]]
 ) -> dict[Place, tuple[int, int]]:
-    """Upper left corner of each box and lane; in a column they are ordered as what leads to them."""
+    """Upper left corner of each box and lane; a column has the order of what leads to it."""
     held = dict.fromkeys([*places, *itertools.chain.from_iterable(paths)])
     before: dict[Place, list[Place]] = {place: [] for place in held}
     for path in paths:

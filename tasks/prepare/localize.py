@@ -204,8 +204,9 @@ class _JsonReader:
             try:
                 value, end = decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                position = self._read + error.pos
                 if not self._more():
-                    self._fail(error.msg, error.pos)
+                    self._fail(error.msg, position)
                 continue
             # A number at the end of what was read may go on in what was not.
             if end < len(self._text) or not self._more():
@@ -226,7 +227,7 @@ class _JsonReader:
         return bool(block)
 
     def _fail(self, why: str, position: int | None = None) -> None:
-        at = self._read + (self._at if position is None else position)
+        at = self._read + self._at if position is None else position
         raise StageError(
             f"{self._place}: not a JSON list of rows: {why}, at character {at + 1}. One object a "
             "line (.jsonl) is read as well"

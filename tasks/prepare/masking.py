@@ -65,16 +65,17 @@ class Masker:
     rules: MaskRules
     eos: str | None
     specials: Collection[str]
-    _ending: re.Pattern[str] | None = field(init=False)
+    _ends: set[str] = field(init=False)
+    _end_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         ends = set(self.rules.eot_tokens) or set(self.specials) - _starters(
             self.template, self.specials
         )
         ends |= {self.eos} if self.eos else set()
+        self._ends = ends
         # Longest first: one token may begin with another.
-        words = "|".join(re.escape(end) for end in sorted(ends, key=lambda end: (-len(end), end)))
-        self._ending = re.compile(rf"\s*({words})") if words else None
+        self._end_lengths = sorted({len(end) for end in ends}, reverse=True)
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text and its trained spans.
@@ -104,12 +105,15 @@ class Masker:
 
     def _after(self, text: str, stop: int, trained: bool, last: bool) -> tuple[int, bool]:
         """Where training ends after a message that ends at `stop`, and whether an end was found."""
-        match = self._ending.match(text, stop) if self._ending else None
-        if match is None:
+        begin = _after_space(text, stop)
+        lengths = (n for n in self._end_lengths if text[begin : begin + n] in self._ends)
+        length = next(lengths, None)
+        if length is None:
             return stop, {self.rules.train_on_eos, self.rules.train_on_eot} == {"none"}
-        mode = self.rules.train_on_eos if match[1] == self.eos else self.rules.train_on_eot
+        is_eos = text[begin : begin + length] == self.eos
+        mode = self.rules.train_on_eos if is_eos else self.rules.train_on_eot
         included = {"turn": trained, "all": True, "last": last, "none": False}[mode]
-        return (match.end() if included else stop), True
+        return (begin + length if included else stop), True
 
 
 def locate(
@@ -133,6 +137,12 @@ def locate(
         places = {i: span for i, span in found.items() if span is not None}
     _check_order(places)
     return text, places
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _starters(template: ChatTemplate, specials: Collection[str]) -> set[str]:

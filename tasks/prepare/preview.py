@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ _PAGE_EXAMPLES = 20  # a page that opens at once, and enough to see every kind o
 _PAGE_TOKENS = 4096  # of one example
 
 _TRAINED, _GIVEN, _HEAD, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+
+# Data must not steer the terminal: all control characters but tab and line feed.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _PAGE = """\
 <!doctype html>
@@ -50,7 +54,9 @@ def show(prepared_dir: Path, n: int, split: str = "train") -> str:
     """The first `n` examples of a split for a terminal: trained tokens green, the rest dim."""
     shown = []
     for number, (ids, mask, text) in enumerate(_examples(prepared_dir, split, n)):
-        parts = "".join(f"{_TRAINED if on else _GIVEN}{part}{_RESET}" for part, on in text)
+        parts = "".join(
+            f"{_TRAINED if on else _GIVEN}{_CONTROL.sub('�', part)}{_RESET}" for part, on in text
+        )
         shown.append(f"{_HEAD}{_title(number, ids, mask)}{_RESET}\n{parts}\n")
     return "\n".join(shown)
 

@@ -16,7 +16,15 @@ from tokenizers import AddedToken, Tokenizer
 from regrow.infra import hub
 from regrow.tasks.stage import StageError
 
-_FILES = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+_FILES = (
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "config.json",
+)
 # Where the tokenizer was loaded from is no part of what it is.
 _PLACE_KEYS = ("is_local", "local_files_only", "name_or_path")
 
@@ -53,13 +61,14 @@ def save_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    directory = hub.local_directory(place, "model", _FILES)
+    patterns = (*_FILES, "*.py") if trust_remote_code else _FILES
+    directory = hub.local_directory(place, "model", patterns)
     try:
         loaded: Any = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise StageError(f"tokenizer at {place}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StageError(f"tokenizer at {place}: it cannot be loaded ({error})") from error
     if special_tokens:
         loaded.add_special_tokens(
             {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in special_tokens.items()}

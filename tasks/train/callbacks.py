@@ -1,4 +1,4 @@
-"""What happens between steps: the schedule of reports, evaluations and saves; metrics for people."""
+"""What happens between steps: the schedule of reports, evaluations and saves, and the reports."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FollowSchedule(TrainerCallback):
 
 
 class RecordMetrics(TrainerCallback):
-    """On rank 0: metrics to their file, to a live reporter if there is one, and a line to people."""
+    """On rank 0: metrics to their file, to a live reporter if there is one, a line to people."""
 
     def __init__(
         self,

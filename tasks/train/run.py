@@ -1,4 +1,4 @@
-"""The train stage: tells the worker what to do, starts it, passes on how far it is, keeps its result."""
+"""The train stage: starts the worker, passes on how far it is, keeps its result."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def _launch(path: Path, log: Path, num_processes: int, report: Reporter) -> None
             report.log(line)
 
     try:
-        run_workers(
-            _WORKER, [str(path)], num_processes=num_processes, on_line=tell, log_path=log
-        )
+        run_workers(_WORKER, [str(path)], num_processes=num_processes, on_line=tell, log_path=log)
     except WorkerFailed as failure:
         raise _explained(failure) from failure
 

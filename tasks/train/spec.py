@@ -1,4 +1,4 @@
-"""What decides the result of training (`TrainSpec`) and what only its place and pace (`TrainPlacement`)."""
+"""What decides the trained weights (`TrainSpec`), and what place and pace (`TrainPlacement`)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class AdapterSpec:
             raise StageError("adapter: lora needs lora_r and lora_alpha")
         if recipe.peft_init_lora_weights in ("pissa", "olora"):
             raise StageError(
-                f"peft_init_lora_weights: {recipe.peft_init_lora_weights} changes the base weights, "
-                "so the adapter would not fit the base model afterwards; it is not supported yet"
+                f"peft_init_lora_weights: {recipe.peft_init_lora_weights} changes the base model, "
+                "which the adapter would not fit afterwards; it is not supported yet"
             )
         return cls(
             r=recipe.lora_r,
@@ -85,8 +85,8 @@ class TrainSpec:
     base_model_digest: str
     dtype: str
     """In which forward and backward are computed, and the base of an adapter is held: "bfloat16" or
-    "float32". What is trained is kept in float32 whatever this says; a model trained whole is stored
-    in this type at the end."""
+    "float32". What is trained is kept in float32 whatever this says; a model trained whole is
+    stored in this type at the end."""
     global_batch_size: int
     """Rows of an optimizer step, over all ranks and micro-batches."""
     num_epochs: float
@@ -121,8 +121,8 @@ class TrainSpec:
         """
         if recipe.lr_scheduler == "reduce_lr_on_plateau":
             raise StageError(
-                "lr_scheduler: reduce_lr_on_plateau makes the weights depend on when the validation "
-                "loss is taken, so a result could not be repeated; choose another, such as cosine"
+                "lr_scheduler: reduce_lr_on_plateau makes the weights depend on when the "
+                "validation loss is taken; choose another, such as cosine"
             )
         scheduler, kwargs = _scheduler(recipe)
         return cls(
@@ -162,6 +162,9 @@ def _scheduler(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     return recipe.lr_scheduler, kwargs
 
 
+ONCE_PER_EPOCH = Cadence(per_epoch=1)
+
+
 @dataclass(frozen=True)
 class TrainPlacement:
     """Where and how fast; never changes the result beyond the rounding of sums."""
@@ -174,8 +177,8 @@ class TrainPlacement:
     eval_batch_size: int | None = None
     """Rows of one forward pass of a validation; None: as `micro_batch_size`."""
     logging_steps: int = 1
-    evaluation: Cadence = Cadence(per_epoch=1)
-    saving: Cadence = Cadence(per_epoch=1)
+    evaluation: Cadence = ONCE_PER_EPOCH
+    saving: Cadence = ONCE_PER_EPOCH
     save_total_limit: int | None = 4
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
@@ -219,7 +222,7 @@ def _cadence(strategy: str | None, steps: float | None, per_epoch: int | None) -
     if strategy == "no":
         return Cadence()
     if strategy == "epoch":
-        return Cadence(per_epoch=1)
+        return ONCE_PER_EPOCH
     if steps is not None or per_epoch is not None:
         return Cadence(steps=steps, per_epoch=per_epoch)
-    return Cadence(per_epoch=1)
+    return ONCE_PER_EPOCH

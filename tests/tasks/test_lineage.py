@@ -165,3 +165,6 @@ def test_drawn_boxes_do_not_overlap_and_lines_go_to_the_right(lookup):
     for path in paths:
         numbers = [float(n) for n in re.findall(r"-?\d+", path)]
         assert numbers[0] < numbers[-2]
+        for level, end in re.findall(r"(\d+)H(\d+)", path.replace(" H", "H")):
+            for x, y, width, height in boxes:  # what runs straight through a column hits no box
+                assert not (x < float(end) <= x + width and y <= float(level) <= y + height)

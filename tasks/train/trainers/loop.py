@@ -1,4 +1,4 @@
-"""What every trainer shares: our data order, exact counting of tokens, a validation that leaves no trace.
+"""What every trainer shares: data order, counting of tokens, a validation that leaves no trace.
 
 Mixed in before a Transformers or TRL trainer class. It overrides public methods of `Trainer` only.
 """

@@ -136,8 +136,8 @@ def test_plain_inference_is_refused_rather_than_wrong():
     model = tiny("llama", attention.NAME).eval()
     with pytest.raises(ValueError, match="sdpa"):
         model(input_ids=torch.ones(2, 5, dtype=torch.long))
+    batch = flatten([pack(examples([5]))])
     with pytest.raises(ValueError, match="attention_mask"):
-        batch = flatten([pack(examples([5]))])
         model(**batch, attention_mask=torch.ones(1, 5))
 
 

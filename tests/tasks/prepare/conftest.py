@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from regrow.configs.load import parse_recipe
 from regrow.tasks.prepare import run as prepare
@@ -101,7 +103,9 @@ class Workbench:
             "dataset_files": [_files(dataset) for dataset in recipe.datasets],
             "test_dataset_files": [_files(dataset) for dataset in recipe.test_datasets],
         }
-        placement = PreparePlacement.from_recipe(recipe, **files, tokenizer_path=str(self._tokenizer))
+        placement = PreparePlacement.from_recipe(
+            recipe, **files, tokenizer_path=str(self._tokenizer)
+        )
         return Stage(
             name="prepare",
             version=VERSION,
@@ -135,9 +139,37 @@ def _files(dataset: Any) -> dict[str, str]:
     return {place: hashlib.sha256(Path(place).read_bytes()).hexdigest() for place in places}
 
 
+@pytest.fixture(scope="session")
+def small_tokenizer_dir(smollm2_dir, tmp_path_factory) -> Path:
+    """A tokenizer like SmolLM2's with a hundredth of its vocabulary: it loads in a moment."""
+    out = tmp_path_factory.mktemp("small-tokenizer")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(smollm2_dir / name, out / name)
+    template = (smollm2_dir / "chat_template.jinja").read_text()
+    words = [template, "please Yes. word It is Say Add two plain words 0123456789"] * 5
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.save(str(out / "tokenizer.json"))
+    return out
+
+
 @pytest.fixture
-def bench(tmp_path, smollm2_dir) -> Workbench:
-    """A clean place to run the stage in, with SmolLM2's tokenizer."""
+def bench(tmp_path, small_tokenizer_dir) -> Workbench:
+    """A clean place to run the stage in."""
+    return Workbench(tmp_path, small_tokenizer_dir)
+
+
+@pytest.fixture
+def smollm2_bench(tmp_path, smollm2_dir) -> Workbench:
+    """The same with SmolLM2's own tokenizer."""
     return Workbench(tmp_path, smollm2_dir)
 
 

@@ -1,11 +1,21 @@
 """Exactly the words to be learnt are learnt, whatever the template does to them."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from regrow.tasks.prepare.encoding import Encoder
 from regrow.tasks.prepare.example import Conversation, Document, RowError, Segment
@@ -30,7 +40,8 @@ DROPS_EARLIER = (
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
-    "{% if loop.last %}<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}"
+    "{% if loop.last %}<think>\n"
+    "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}"
     "\n</think>\n\n{% endif %}{{ parts[-1].lstrip('\n') }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -148,7 +159,9 @@ def test_tool_calls_are_learnt_with_their_frame():
 
 @pytest.mark.parametrize("content", ["  both\n", "\tleft", "right \n\n", " ", ""])
 def test_stripped_content_is_learnt_as_printed(content):
-    template = "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}\n<|im_end|>{% endfor %}"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}\n<|im_end|>{% endfor %}"
+    )
     found = trained_texts(template, turns(QUESTION, ("assistant", content)))
     assert found == [f"{content.strip()}\n<|im_end|>"]
 
@@ -235,7 +248,18 @@ def runs(encoder: Encoder, example) -> list[str]:
     ]
 
 
-NASTY = ["<|im_end|>", "</s>", "\n", "  ", "### Response:\n", "🦊", "é\u0301", "\ue0f1", "한", "\r\n"]
+NASTY = [
+    "<|im_end|>",
+    "</s>",
+    "\n",
+    "  ",
+    "### Response:\n",
+    "🦊",
+    "é\u0301",
+    "\ue0f1",
+    "한",
+    "\r\n",
+]
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], max_codepoint=0x1FFFF)
 TEXT = st.lists(
     st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(NASTY)),
@@ -280,7 +304,8 @@ def test_golden_tokens_of_smollm2(saved_for, smollm2_dir):
     text = encoder._backend.decode(tokens.input_ids.tolist(), skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        "<|im_end|>\n<|im_start|>user\nHi 🦊<|im_end|>\n<|im_start|>assistant\nGrüße, 12!\n<|im_end|>\n"
+        "<|im_end|>\n<|im_start|>user\nHi 🦊<|im_end|>\n<|im_start|>assistant\nGrüße, 12!\n"
+        "<|im_end|>\n"
     )
     learnt = tokens.input_ids[tokens.loss_mask == 1].tolist()
     assert encoder._backend.decode(learnt, skip_special_tokens=False) == "Grüße, 12!\n<|im_end|>"
@@ -289,8 +314,14 @@ def test_golden_tokens_of_smollm2(saved_for, smollm2_dir):
     assert tokens.prompt_len == GOLDEN_PROMPT
 
 
-GOLDEN_IDS: list[int] = []
-GOLDEN_PROMPT, GOLDEN_ANSWER = 0, 0
+# fmt: off
+GOLDEN_IDS = [
+    1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407,
+    19712, 8182, 2, 198, 1, 4093, 198, 26843, 15107, 116, 228, 2, 198, 1, 520, 9531, 198,
+    27302, 7170, 34878, 85, 28, 216, 33, 34, 17, 198, 2, 198,
+]
+# fmt: on
+GOLDEN_PROMPT, GOLDEN_ANSWER = 34, 11
 
 
 def test_ids_are_those_of_transformers(encoder_for, smollm2_dir):
@@ -336,6 +367,55 @@ def test_white_space_tokens_keep_their_characters(encoder_for):
     assert runs(encoder_for("chatml"), turns(QUESTION, ("assistant", answer))) == [
         answer + "<|im_end|>"
     ]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "normalizer"])
+def test_sentencepiece_tokens_reach_back_over_the_space_only(tmp_path, scheme):
+    """Llama 2's and Mistral's kind: a word carries the space in front of it."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(sentencepiece_like(scheme))
+    special = (("bos_token", "<s>"), ("eos_token", "</s>"))
+    saved = SavedTokenizer(str(path), "</s>", 2, special, ("<s>", "</s>"), None)
+    encoder = Encoder(saved, TEMPLATES["mistral"], MaskRules())
+    conversation = turns(
+        ("user", "the quick"), ("assistant", "fox 🦊é  x"), ("user", "says"), ("assistant", "brown")
+    )
+    assert [text.lstrip() for text in runs(encoder, conversation)] == [
+        "fox 🦊é  x</s>",
+        "brown</s>",
+    ]
+    tokens = encoder.encode(conversation)
+    before = encoder._backend.decode(tokens.input_ids[: tokens.prompt_len].tolist())
+    assert before.endswith("[/INST]")
+    document = Document((Segment("the quick ", False), Segment("brown", True)))
+    assert [text.lstrip() for text in runs(encoder, document)] == ["brown</s>"]
+    assert encoder.encode(document).input_ids[0] == 1
+
+
+def sentencepiece_like(scheme: str) -> str:
+    """tokenizer.json of a small BPE with byte fallback, as converted from SentencePiece."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    # Learnt word by word, so that no token spans two.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    named = ["<unk>", "<s>", "</s>"]
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=named + spelled, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox says hello"] * 9, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in named]
+    data["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    if scheme == "normalizer":
+        prepend, replace = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([prepend, replace])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    space = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return tokenizer.to_str()
 
 
 def test_locate_finds_every_wanted_message():

@@ -1,4 +1,4 @@
-"""Chat templates render here exactly as in Transformers, on any day, and cannot leave the sandbox."""
+"""Templates render here exactly as in Transformers, on any day, and cannot leave the sandbox."""
 
 import pytest
 

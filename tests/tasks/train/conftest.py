@@ -106,7 +106,7 @@ def prepared_dir(tmp_path_factory, tokenizer) -> Path:
     return write_prepared(tmp_path_factory.mktemp("prepared"), 21, 5, tokenizer)
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_job(model_dir, prepared_dir, tmp_path):
     """make_job(name, spec changes, placement changes) -> WorkerJob; one store for all of a test."""
 

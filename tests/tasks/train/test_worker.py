@@ -91,9 +91,7 @@ def test_killed_at_any_step_the_result_is_the_same_to_the_byte(make_job, file_by
     assert result["tokens"] == json.loads(undisturbed.result_path.read_text())["tokens"]
 
 
-def test_damaged_and_unfinished_checkpoints_are_named_and_passed_over(
-    make_job, file_bytes, caplog
-):
+def test_damaged_and_unfinished_checkpoints_are_named_and_passed_over(make_job, file_bytes, caplog):
     undisturbed = make_job("undisturbed", DROPOUT, key="checkpoints/a")
     train(undisturbed)
     with pytest.raises(Killed):
