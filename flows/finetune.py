@@ -7,9 +7,13 @@ from prefect import flow
 
 from regrow.configs.recipe import Recipe
 from regrow.flows.run import FlowRun
+from regrow.infra.settings import load_settings
+
+# On a server, what the stages say belongs on the run's page; a run without one has a terminal.
+_HAS_SERVER = load_settings().prefect_api_url is not None
 
 
-@flow(name="finetune", flow_run_name="{name}")
+@flow(name="finetune", flow_run_name="{name}", log_prints=_HAS_SERVER)
 def finetune(recipe: Recipe, name: str = "finetune") -> Any:
     """From raw data to a published model."""
     with FlowRun(recipe, name) as build:
@@ -24,7 +28,7 @@ def finetune(recipe: Recipe, name: str = "finetune") -> Any:
     return build.state
 
 
-@flow(name="stages", flow_run_name="{name}")
+@flow(name="stages", flow_run_name="{name}", log_prints=_HAS_SERVER)
 def stages_upto(recipe: Recipe, last: str, name: str = "stages") -> Any:
     """The pipeline up to and including the stage `last`."""
     with FlowRun(recipe, name) as build:

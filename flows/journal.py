@@ -69,7 +69,9 @@ class Journal:
             run_id = self._tracker.start_run(stage.title, tags, "", self._parent)
         self._tracker.set_tags(run_id, {"mlflow.note.content": self._describe(outcome, built)})
         self._tracker.log_params(run_id, _flat(record.spec))
-        self._tracker.log_metrics(run_id, _numbers(record.result))
+        # A section of its own on the page, apart from the curves that the worker sends.
+        results = {f"result/{name}": x for name, x in _numbers(record.result).items()}
+        self._tracker.log_metrics(run_id, results)
         self._log_datasets(run_id, stage, record)
         self._link_models(run_id, stage, record, built)
         if not outcome.cached:

@@ -14,6 +14,8 @@ from regrow.infra.launch import die_with_parent, stop_tree
 from regrow.infra.settings import child_environment, load_settings, quiet_environment
 
 _HOST = "127.0.0.1"
+# MLflow opens in its GenAI mode unless told what the work is about.
+_QUERIES = {"MLflow": "/?workflowType=machine_learning", "Prefect": ""}
 _READY_SECONDS = 120  # MLflow on a new database took 16 s, Prefect 13 s (platform.md, parts B, C)
 
 
@@ -78,7 +80,7 @@ def _wait(name: str, url: str, process: subprocess.Popen[str]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
         else:
-            say(f"{name:8} {url}")
+            say(f"{name:8} {url}{_QUERIES[name]}")
             return
     log = load_settings().home / f"{name.lower()}-server.log"
     say(

@@ -66,5 +66,7 @@ class FlowRun:
     def _origin(self) -> Origin:
         given = self._recipe.model_dump(mode="json", exclude_defaults=True)
         text = mask_secrets(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-        tags = {"prefect.flow_run_id": flow_run.get_id() or ""}
-        return Origin(self._name, text, yaml.safe_load(text), tags)
+        tags = {"prefect.flow_run_id": flow_run.id or ""}
+        # Without a server of the user's, Prefect's page ends with the run.
+        page = flow_run.ui_url if load_settings().prefect_api_url else None
+        return Origin(self._name, text, yaml.safe_load(text), tags, page)

@@ -42,6 +42,8 @@ class Origin:
     recipe_text: str
     params: Mapping[str, Any]
     tags: Mapping[str, str]
+    prefect_page: str | None = None
+    """Address of the flow run's page, where a server shows it."""
 
 
 class Session:
@@ -65,6 +67,7 @@ class Session:
     ) -> None:
         self.plan, self._workplace, self._tracker, self._emit = plan, workplace, tracker, emit
         self._journal = Journal(tracker, workplace.artifacts, origin.name)
+        self.prefect_page = origin.prefect_page
         self.outcomes: list[Outcome] = []
         # MLflow's answers take tens of milliseconds each; one thread keeps their order and lets
         # the stages go on meanwhile.

@@ -127,6 +127,7 @@ def end_table(session: Session, workplace: Workplace) -> str:
             lines.append(f"model    {outcome.record.result['target']}")
     lines.append(f"store    {workplace.store_url}")
     lines.append(f"MLflow   {session.run_url or 'regrow ui'}")
+    lines.append(f"Prefect  {session.prefect_page or 'regrow ui'}")
     return "\n".join(lines)
 
 

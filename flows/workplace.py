@@ -78,4 +78,7 @@ class Workplace:
 def _still_valid(stage: Stage, record: Record) -> str | None:
     if stage.name != "publish":
         return None
+    target = stage.placement.target
+    if record.result["output_dir"] != target:
+        return f"it went to {record.result['output_dir']}, not to {target}"
     return why_undelivered(record.result)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,16 +136,19 @@ def _per_example(
     assert bounds[-1] == q_TNH.shape[0], f"cu_seqlens ends at {bounds[-1]} of {q_TNH.shape[0]}"
     one = _sdpa if options.softcap is None else _capped
     parts = [
-        one(*(_heads_first(x[start:end]) for x in (q_TNH, k_TKH, v_TKH)), options)
+        one(*_heads_first(start, end, q_TNH, k_TKH, v_TKH), options)
         for start, end in pairwise(bounds)
         if end > start
     ]
     return torch.cat([part_1NLH[0].transpose(0, 1) for part_1NLH in parts])
 
 
-def _heads_first(x_LNH: Tensor) -> Tensor:
-    """One example of L tokens as [1, N, L, H]."""
-    return x_LNH.transpose(0, 1).unsqueeze(0)
+def _heads_first(
+    start: int, end: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The L tokens of one example, as [1, N, L, H] and twice [1, K, L, H]."""
+    q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))
+    return q, k, v
 
 
 def _sdpa(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:
@@ -197,7 +201,8 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     length = options.max_seqlen
-    return varlen_attn(
+    extras: dict[str, Any] = _varlen_extras(q_TNH.shape[1] != k_TKH.shape[1])
+    out_TNH = varlen_attn(
         q_TNH,
         k_TKH,
         v_TKH,
@@ -207,8 +212,10 @@ def _torch_varlen(
         length,
         scale=options.scale,
         window_size=options.window,
-        **_varlen_extras(q_TNH.shape[1] != k_TKH.shape[1]),
+        **extras,
     )
+    assert isinstance(out_TNH, Tensor)
+    return out_TNH
 
 
 @lru_cache(maxsize=2)

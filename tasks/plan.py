@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
         None,
         {"prepare": prepared, "model": merged or trained, "baseline": baseline},
     )
-    inputs = {"prepare": prepared, "model": merged or trained, "evaluate": scores}
+    inputs = {"prepare": prepared, "train": trained, "model": merged or trained, "evaluate": scores}
     published = Stage(
         name="publish",
         version=publish.VERSION,

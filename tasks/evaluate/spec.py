@@ -47,9 +47,9 @@ class EvaluatePlacement:
     """Local directory, or pinned place on the hub; None when the model is an input."""
     rows_per_batch: int = 1
     """Packed rows in one forward pass."""
-    prompts_per_batch: int = 32
-    """Prompts answered side by side. Weights are read once for all of them, which is most of the
-    time of a small model on a CPU; 32 answers of 4096 tokens still fit beside a model of 8 B."""
+    prompts_per_batch: int = 64
+    """Prompts answered side by side, if they are short. Weights are read once for all of them:
+    64 answers of 30 tokens took 13 s at once, 19 s by 32 (SmolLM2-135M, 2 busy cores)."""
     device: str = "auto"
     """"auto" (CUDA where there is some), "cpu" or "cuda"."""
     trust_remote_code: bool = False

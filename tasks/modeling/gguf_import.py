@@ -135,7 +135,7 @@ def _write_tokenizer(gguf_file: Path, out: Path) -> None:
 
 def main() -> None:
     """Command line: convert a GGUF file, or the one inside an installed package."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Convert a GGUF file to safetensors.")
     parser.add_argument("source", help="path of a .gguf file, or an installed package with one in")
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

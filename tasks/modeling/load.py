@@ -48,7 +48,7 @@ def load_model(
         packed.register()
         _check_separable(config, directory)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=DTYPES[dtype],
@@ -57,6 +57,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+        model, report = loaded
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
     _check_weights(report, directory)
@@ -89,14 +90,15 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
     A new embedding is the mean of the old ones (Hewitt 2021, "Initializing new word embeddings
     for pretrained language models"): no random numbers, so that merging finds the same ones.
     """
-    old = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    old: int = embedding.weight.shape[0]
     if num_tokens <= old:
         return 0
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                weight = layer.weight
+                weight: Any = layer.weight
                 weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
     return num_tokens - old
 
@@ -129,7 +131,7 @@ def _load_config(directory: Path, trust_remote_code: bool) -> Any:
 
 def _check_separable(config: Any, directory: Path) -> None:
     text = config.get_text_config()
-    others = set(getattr(text, "layer_types", None) or ()) - _SEPARABLE_LAYERS
+    others = {str(layer) for layer in getattr(text, "layer_types", None) or ()} - _SEPARABLE_LAYERS
     if getattr(text, "attention_chunk_size", None):
         others.add("chunked_attention")
     if others:

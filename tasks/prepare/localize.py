@@ -55,11 +55,12 @@ def localize(place: str, sha256: str, kind: str, scratch: Path) -> LocalFile:
     if path.suffix.lower() in _COMPRESSED:
         path = _unpacked(path, place, scratch / f"{sha256[:16]}{PurePosixPath(path.stem).suffix}")
     if kind == "json" and _is_json_document(path):
-        rows = _json_rows(path, place)
-        return LocalFile(str(_as_lines(rows, scratch, sha256)), "lines", place, by_line=False)
+        lines = _as_lines(_json_rows(path, place), scratch / f"{sha256[:16]}.{kind}.jsonl")
+        return LocalFile(str(lines), "lines", place, by_line=False)
     if kind in ("csv", "tsv"):
         rows = _csv_rows(path, place, "\t" if kind == "tsv" else ",")
-        return LocalFile(str(_as_lines(rows, scratch, sha256)), "lines", place, by_line=False)
+        lines = _as_lines(rows, scratch / f"{sha256[:16]}.{kind}.jsonl")
+        return LocalFile(str(lines), "lines", place, by_line=False)
     layout = "lines" if kind in ("json", "jsonl") else kind
     return LocalFile(str(path), layout, place, by_line=layout in ("lines", "text"))
 
@@ -101,8 +102,7 @@ def _unpacked(path: Path, place: str, target: Path) -> Path:
     return target
 
 
-def _as_lines(rows: Iterable[Any], scratch: Path, sha256: str) -> Path:
-    target = scratch / f"{sha256[:16]}.rows.jsonl"
+def _as_lines(rows: Iterable[Any], target: Path) -> Path:
     with target.open("w", encoding="utf-8") as out:
         for row in rows:
             # Surrogates that JSON can hold and UTF-8 cannot stay escaped.

@@ -69,13 +69,11 @@ class Masker:
     _end_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        ends = set(self.rules.eot_tokens) or set(self.specials) - _starters(
-            self.template, self.specials
-        )
-        ends |= {self.eos} if self.eos else set()
-        self._ends = ends
+        given = set(self.rules.eot_tokens)
+        ends = given or set(self.specials) - _starters(self.template, self.specials)
+        self._ends = ends | ({self.eos} if self.eos else set())
         # Longest first: one token may begin with another.
-        self._end_lengths = sorted({len(end) for end in ends}, reverse=True)
+        self._end_lengths = sorted({len(end) for end in self._ends}, reverse=True)
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text and its trained spans.

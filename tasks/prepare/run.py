@@ -20,7 +20,7 @@ from regrow.tasks.prepare.prompts import write_prompts
 from regrow.tasks.prepare.shards import WrittenSplit, write_split
 from regrow.tasks.prepare.spec import DatasetSpec, PreparePlacement, PrepareSpec
 from regrow.tasks.prepare.templates import TEMPLATES
-from regrow.tasks.prepare.tokenize import Recoding
+from regrow.tasks.prepare.tokenize import RowEncoding
 from regrow.tasks.prepare.tokenizer import SavedTokenizer, save_tokenizer
 from regrow.tasks.prepare.units import Slice, Sources, Tokenizing
 from regrow.tasks.stage import StageError, StageJob
@@ -113,7 +113,7 @@ def _tokenized(job: StageJob, tokenizer: SavedTokenizer) -> tuple[_Tokenized, _T
 
     def tokenize(datasets: Sequence[tuple[DatasetSpec, list[Slice]]]) -> _Tokenized:
         units = [
-            (number, tokenizing.unit(part, _recoding(dataset, tokenizer), progress))
+            (number, tokenizing.unit(part, _row_encoding(dataset, tokenizer), progress))
             for number, (dataset, parts) in enumerate(datasets)
             for part in parts
         ]
@@ -128,9 +128,9 @@ def _tokenized(job: StageJob, tokenizer: SavedTokenizer) -> tuple[_Tokenized, _T
         return tokenize(train), tokenize(test)
 
 
-def _recoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> Recoding:
+def _row_encoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> RowEncoding:
     if dataset.format != "chat_template":
-        return Recoding(dataset.format, dataset.options, MaskRules(), None, tokenizer)
+        return RowEncoding(dataset.format, dataset.options, MaskRules(), None, tokenizer)
     template = dataset.options.chat_template or tokenizer.chat_template
     if template is None:
         raise StageError(
@@ -139,7 +139,7 @@ def _recoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> Recoding:
         )
     names = [rule.name for rule in fields(MaskRules)]
     rules = MaskRules(**{name: getattr(dataset.options, name) for name in names})
-    return Recoding(dataset.format, dataset.options, rules, template, tokenizer)
+    return RowEncoding(dataset.format, dataset.options, rules, template, tokenizer)
 
 
 def _warn_unended(job: StageJob, unended: int) -> None:

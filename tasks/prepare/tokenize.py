@@ -23,7 +23,7 @@ from regrow.tasks.stage import StageError
 
 
 @dataclass(frozen=True)
-class Recoding:
+class RowEncoding:
     """How the rows of one dataset become tokens."""
 
     format: str
@@ -38,7 +38,7 @@ class Recoding:
 class ChunkTask:
     """The rows of one chunk whose number is in [low, high)."""
 
-    recoding: Recoding
+    encoding: RowEncoding
     file: LocalFile
     chunk: Chunk
     low: int
@@ -73,13 +73,13 @@ def encode_chunk(task: ChunkTask) -> Block:
     Raises:
         StageError: for a row that cannot be used, naming the file and the row.
     """
-    recoding = task.recoding
-    read = FORMATS[recoding.format].read
-    encode = _encoder(recoding.tokenizer, recoding.template, recoding.rules).encode
+    encoding = task.encoding
+    read = FORMATS[encoding.format].read
+    encode = _encoder(encoding.tokenizer, encoding.template, encoding.rules).encode
     examples: list[Tokens] = []
     for number, row in read_rows(task.file, task.chunk, task.low, task.high):
         try:
-            examples.append(encode(read(row, recoding.options)))
+            examples.append(encode(read(row, encoding.options)))
         except RowError as error:
             raise StageError(f"{task.file.where(number)}: {error}") from error
     return _block(examples)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from regrow.tasks.prepare.localize import LocalFile, localize
 from regrow.tasks.prepare.readers import Chunk, find_chunks
 from regrow.tasks.prepare.spec import VERSION, DatasetSpec, SourceFile
-from regrow.tasks.prepare.tokenize import Block, ChunkTask, Recoding, encode_chunk
+from regrow.tasks.prepare.tokenize import Block, ChunkTask, RowEncoding, encode_chunk
 from regrow.tasks.stage import StageError, UnitCache
 
 UNIT_BYTES = 64 << 20
@@ -137,7 +137,7 @@ class Tokenizing:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def unit(self, part: Slice, recoding: Recoding, told: Callable[[int], None]) -> Unit:
+    def unit(self, part: Slice, encoding: RowEncoding, told: Callable[[int], None]) -> Unit:
         """The unit of a slice, built now if it is not there.
 
         Args:
@@ -146,15 +146,15 @@ class Tokenizing:
         spec = {
             "source": part.source,
             "rows": [part.low, part.high],
-            "format": recoding.format,
-            "options": recoding.options,
-            "template": recoding.template,
+            "format": encoding.format,
+            "options": encoding.options,
+            "template": encoding.template,
             "tokenizer": self._identity,
         }
 
         def build(out: Path) -> dict[str, Any]:
             file = self._sources.local(part.source)
-            tasks = [ChunkTask(recoding, file, c, part.low, part.high) for c in part.chunks]
+            tasks = [ChunkTask(encoding, file, c, part.low, part.high) for c in part.chunks]
             try:
                 return _write_unit(self._encoded(tasks, told), out / UNIT_FILE)
             except BrokenProcessPool as error:
@@ -174,11 +174,8 @@ class Tokenizing:
             blocks = self._processes.map(encode_chunk, tasks)
         for task, block in zip(tasks, blocks, strict=True):
             chunk = task.chunk
-            last, first = (
-                min(task.high, chunk.first_row + chunk.rows),
-                max(task.low, chunk.first_row),
-            )
-            told(last - first)
+            end = min(task.high, chunk.first_row + chunk.rows)
+            told(end - max(task.low, chunk.first_row))
             yield block
 
     @cached_property

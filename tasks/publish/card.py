@@ -62,7 +62,8 @@ class Card:
         return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
     def _summary(self) -> str:
-        how = f"with {self.adapter.upper()}" if self.adapter else "training all weights"
+        kind = {"lora": "LoRA"}.get(self.adapter or "", self.adapter)
+        how = f"with {kind}" if kind else "training all weights"
         data = f" on {', '.join(self.datasets)}" if self.datasets else ""
         return f"A fine-tune of `{self.base_model}`{data}, {how}."
 

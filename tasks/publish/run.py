@@ -26,22 +26,22 @@ def run(job: StageJob) -> dict[str, Any]:
     Raises:
         StageError: when a destination cannot be written.
     """
-    spec = job.spec
-    _require_other_place(spec.target, job.placement.base_model)
+    spec, target = job.spec, job.placement.target
+    _require_other_place(target, job.placement.base_model)
     files = _model_files(job)
     card = _card(job).text()
     (job.out / CARD).write_text(card, encoding="utf-8")
     sizes = {name: path.stat().st_size for name, path in files.items()}
     sizes[CARD] = len(card.encode())
     hub_url = None
-    if spec.target is not None:
-        sizes = deliver(spec.target, files, card, job.report)
+    if target is not None:
+        sizes = deliver(target, files, card, job.report)
     if spec.hub_model_id is not None:
         job.report.log(f"pushing {len(files)} files to {spec.hub_model_id}")
         hub_url = push(spec.hub_model_id, spec.hub_private_repo, files, card)
     return {
-        "target": spec.target or hub_url or "the store only (no output_dir, no hub_model_id)",
-        "output_dir": spec.target,
+        "target": target or hub_url or "the store only (no output_dir, no hub_model_id)",
+        "output_dir": target,
         "hub_url": hub_url,
         "files": sizes,
     }

@@ -24,8 +24,8 @@ class PublishSpec:
     """Under which name the model goes where."""
 
     model_name: str
-    target: str | None
-    """URL or absolute path that the files are copied to."""
+    output_dir: str | None
+    """Where the files go, as the recipe says it: the same text on every machine."""
     hub_model_id: str | None = None
     """owner/name on the Hugging Face hub."""
     hub_private_repo: bool = True
@@ -35,14 +35,14 @@ class PublishSpec:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, model_name: str) -> PublishSpec:
-        """The destinations of a recipe; a relative `output_dir` starts in the current directory.
+        """The destinations of a recipe.
 
         Raises:
             StageError: when `output_dir` holds a password, which would be written into records.
         """
         return cls(
             model_name=model_name,
-            target=_target(recipe.output_dir),
+            output_dir=_tidy(recipe.output_dir),
             hub_model_id=recipe.hub_model_id,
             hub_private_repo=recipe.hub_private_repo,
             register_as=recipe.register_as,
@@ -51,8 +51,10 @@ class PublishSpec:
 
 @dataclass(frozen=True)
 class PublishPlacement:
-    """What the card tells of the run that published; decides not whether it is done again."""
+    """Where `output_dir` is on this machine, and what the card tells of the run that published."""
 
+    target: str | None = None
+    """URL or absolute path that the files are copied to."""
     recipe_text: str = ""
     """The recipe as YAML, without secrets."""
     base_model: str | None = None
@@ -64,10 +66,16 @@ class PublishPlacement:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, base_model: str | None = None) -> PublishPlacement:
-        """What a recipe says of the run; `base_model` is the place where the base was found."""
+        """The placement for a base model at a known place.
+
+        A relative `output_dir` starts in the current directory.
+        """
         given = recipe.model_dump(mode="json", exclude_defaults=True)
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+        output_dir = _tidy(recipe.output_dir)
+        is_path = output_dir is not None and "://" not in output_dir
         return cls(
+            target=str(Path(output_dir).absolute()) if is_path else output_dir,
             recipe_text=mask_secrets(text),
             base_model=base_model,
             base_model_name=recipe.base_model,
@@ -75,11 +83,12 @@ class PublishPlacement:
         )
 
 
-def _target(output_dir: str | None) -> str | None:
+def _tidy(output_dir: str | None) -> str | None:
+    """One way of writing for one place, without looking at this machine."""
     if not output_dir:
         return None
     if "://" not in output_dir:
-        return str(Path(output_dir).expanduser().absolute())
+        return str(Path(output_dir).expanduser())
     if urlsplit(output_dir).password:
         raise StageError(
             f"output_dir: {mask_secrets(output_dir)} holds a password, which would stand in the "

@@ -42,7 +42,7 @@ class FollowSchedule(TrainerCallback):
     evaluate: frozenset[int]
     save: frozenset[int]
 
-    def on_step_end(
+    def on_step_end(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         args: TrainingArguments,
         state: TrainerState,

@@ -46,7 +46,7 @@ from regrow.tasks.train.schedule import total_steps, warmup_steps
 from regrow.tasks.train.spec import TrainSpec
 from regrow.tasks.train.trainers.sft import SftTrainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("regrow.tasks.train.worker")  # __name__ is __main__ when launched
 
 
 @dataclass(frozen=True)

@@ -223,15 +223,18 @@ def say(command: Command, rng: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def row(command: Command, request: str) -> dict:
-    """One chat in the `messages` form that `type: chat_template` reads."""
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": request},
-            {"role": "assistant", "content": command.line()},
-        ]
-    }
+def rows(commands: dict[str, Command]) -> list[dict]:
+    """Request -> command, as chats in the `messages` form that `type: chat_template` reads."""
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": request},
+                {"role": "assistant", "content": command.line()},
+            ]
+        }
+        for request, command in commands.items()
+    ]
 
 
 def make(seed: int = SEED) -> tuple[list[dict], list[dict]]:
@@ -248,13 +251,13 @@ def make(seed: int = SEED) -> tuple[list[dict], list[dict]]:
         command = draw_command(rng)
         if command not in kept_back:
             train[say(command, rng)] = command
-    return tuple([row(c, request) for request, c in split.items()] for split in (train, held_out))
+    return rows(train), rows(held_out)
 
 
 def write(folder: Path) -> None:
     """Both files, as JSON lines, into `folder`."""
-    for name, rows in zip((TRAIN_FILE, HELD_OUT_FILE), make(), strict=True):
-        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
+    for name, chats in zip((TRAIN_FILE, HELD_OUT_FILE), make(), strict=True):
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in chats)
         (folder / name).write_text("".join(lines), encoding="utf-8")
 
 

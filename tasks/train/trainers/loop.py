@@ -9,7 +9,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,11 +72,12 @@ class StepLoop(_Base):
 
     # ---- computing ----
 
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def compute_loss_context_manager(self) -> ExitStack:
         """Autocast here, not in Accelerate: that one would copy all logits to float32 once more."""
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self.args.device.type, dtype=self._autocast)
+        contexts = ExitStack()
+        if self._autocast is not None:
+            contexts.enter_context(torch.autocast(self.args.device.type, dtype=self._autocast))
+        return contexts
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Transformers walks through all parameters for it, each micro-batch."""

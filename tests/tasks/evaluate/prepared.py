@@ -1,7 +1,6 @@
 """A small prepared artifact, written by hand as the readers expect it, and a job to run on it."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +112,3 @@ def make_job(
     )
     units: Any = None
     return StageJob(stage, inputs, results or {}, place / "out", place / "scratch", Notes(), units)
-
-
-def copy_model(source: Path, out: Path) -> Path:
-    """A model directory of its own."""
-    shutil.copytree(source, out)
-    return out

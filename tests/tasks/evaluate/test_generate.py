@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from regrow.tasks.evaluate.generate import (
+    _batches,
     answers,
     fixed_prompts,
     held_out_prompts,
@@ -41,6 +42,16 @@ def test_answers_are_greedy_and_in_order(model, tokenizer, prepared, batch_size)
     assert made == [_greedy(model, tokenizer, prompt.ids, 12) for prompt in prompts]
     assert made == [answer for _, answer in TALK]  # which it has learnt, up to <|im_end|>
     assert notes.progressed[-1] == (5, 5, "prompts")
+
+
+def test_batches_hold_each_prompt_once_and_stay_within_memory():
+    lengths = [5, 40_000, 9, 20_000, 7, 10_000, 8, 9_000, *[100] * 70]
+    batches = list(_batches(lengths, 64))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert [len(batch) for batch in batches] == [1, 1, 3, 64, 9]
+    for batch in batches:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert padded <= 2**15 or len(batch) == 1
 
 
 def test_an_answer_ends_at_any_end_that_the_model_names(model, tokenizer, prepared, trained_dir):

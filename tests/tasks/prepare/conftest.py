@@ -171,8 +171,3 @@ def bench(tmp_path, small_tokenizer_dir) -> Workbench:
 def smollm2_bench(tmp_path, smollm2_dir) -> Workbench:
     """The same with SmolLM2's own tokenizer."""
     return Workbench(tmp_path, smollm2_dir)
-
-
-def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    """A row of messages from (role, content) pairs."""
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -67,15 +67,18 @@ def make_job(tmp_path: Path, model_dir: Path) -> Callable[..., StageJob]:
     inputs = {"prepare": prepare, "model": merge}
     evaluate = Stage("evaluate", 1, {}, "m:f", {**inputs})
 
-    def make(placement: dict[str, Any] | None = None, **spec: Any) -> StageJob:
+    def make(
+        placement: dict[str, Any] | None = None, target: str | None = None, **spec: Any
+    ) -> StageJob:
         place = tmp_path / f"job-{len(list(tmp_path.glob('job-*')))}"
         for name in ("out", "scratch"):
             (place / name).mkdir(parents=True)
-        told = {"recipe_text": RECIPE, "base_model_name": "acme/small"} | (placement or {})
+        told = {"target": target, "recipe_text": RECIPE, "base_model_name": "acme/small"}
+        told |= placement or {}
         stage = Stage(
             "publish",
             1,
-            PublishSpec(**{"model_name": "talks", "target": None, **spec}),
+            PublishSpec(**{"model_name": "talks", "output_dir": target, **spec}),
             "regrow.tasks.publish.run:run",
             {"model": merge, "scores": evaluate, "prepare": prepare},
             PublishPlacement(**told),

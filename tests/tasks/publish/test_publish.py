@@ -10,7 +10,7 @@ from regrow.tasks.publish.card import known_license
 from regrow.tasks.publish.delivery import CARD, MANIFEST, deliver, why_undelivered
 from regrow.tasks.publish.push import push
 from regrow.tasks.publish.run import run
-from regrow.tasks.publish.spec import PublishSpec
+from regrow.tasks.publish.spec import PublishPlacement, PublishSpec
 from regrow.tasks.stage import StageError, canonical
 from tests.tasks.publish.conftest import Notes
 
@@ -143,6 +143,7 @@ def test_card_tells_scores_lineage_recipe_and_versions(make_job):
     assert "2,112 examples in 92 rows, fill 97.2 %" in card
     assert "learning_rate: 0.0002" in card
     assert "transformers 5." in card
+    assert "on acme/talks, with LoRA." in card
     assert "Built with Regrow" in card
 
 
@@ -217,14 +218,19 @@ def test_offline_the_real_hub_client_gives_one_clear_error(model_dir):
         push("acme/talks", True, files, "card")
 
 
-def test_spec_names_one_place_whatever_way_it_is_written(tmp_path, monkeypatch):
+def test_spec_is_the_same_in_every_directory_and_the_target_is_here(tmp_path, monkeypatch):
+    before = PublishSpec.from_recipe(_recipe(output_dir="./outputs/a/"), "talks")
     monkeypatch.chdir(tmp_path)
-    spec = PublishSpec.from_recipe(_recipe(output_dir="./outputs/a/"), "talks")
-    assert spec.target == str(tmp_path / "outputs" / "a")
-    assert spec == PublishSpec.from_recipe(_recipe(output_dir=f"{tmp_path}/outputs/a"), "talks")
-    url = PublishSpec.from_recipe(_recipe(output_dir="s3://bucket/a/"), "talks")
-    assert url.target == "s3://bucket/a"
-    assert PublishSpec.from_recipe(_recipe(), "talks").target is None
+    assert PublishSpec.from_recipe(_recipe(output_dir="outputs/a"), "talks") == before
+    assert _target("./outputs/a/") == str(tmp_path / "outputs" / "a")
+    assert _target("s3://bucket/a/") == "s3://bucket/a"
+    assert _target(None) is None
+
+
+def _target(output_dir: str | None) -> str | None:
+    recipe = _recipe(output_dir=output_dir, base_model="acme/small", datasets=())
+    recipe.model_dump = lambda **_: {}
+    return PublishPlacement.from_recipe(recipe).target
 
 
 def test_a_password_in_the_destination_is_refused_without_showing_it():
