@@ -18,8 +18,8 @@ _TELEMETRY_OFF = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
-# OpenMP threads that wait by spinning take the cores from whatever else runs: a training step beside
-# one other busy process took 30 times as long (measured, 2 cores, libgomp of the torch CPU wheel).
+# OpenMP threads that wait by spinning take the cores from whatever else runs: a training step
+# beside one other busy process took 30 times as long (measured, 2 cores, libgomp of torch for CPU).
 _POLITE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # Prefect's ephemeral server serves this one process: its schedulers have nothing to do, and

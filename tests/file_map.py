@@ -1,4 +1,4 @@
-"""The README's file map, made from each file's first sentence: `python tests/file_map.py` writes it."""
+"""The README's file map, from each file's first sentence; `python tests/file_map.py` writes it."""
 
 import ast
 from pathlib import Path

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import yaml
+
 from regrow.configs.load import parse_recipe
 from regrow.flows.cli import COMMANDS
-
 from tests.file_map import with_file_map
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """The quickstart's stages on a GPU machine that has neither Prefect nor MLflow; prints the figures.
 
-    PYTHONPATH=infra/typing python tests/bench/gpu_pipeline.py configs/recipes/quickstart.yaml [--key value]
+PYTHONPATH=infra/typing python tests/bench/gpu_pipeline.py RECIPE [--key value]
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from regrow.configs.load import load_recipe
 from regrow.flows.progress import LineReporter
 from regrow.infra.artifacts import ArtifactStore

@@ -1,11 +1,11 @@
 """Bad input ends in one clear message that says what to do: no traceback, nothing lost."""
 
 import pytest
+
 from regrow.flows.cli import main
 from regrow.flows.progress import LineReporter
 from regrow.infra.store import StoreError
 from regrow.tasks.stage import StageError
-
 from tests.flows.conftest import Place, rows
 
 
@@ -132,7 +132,7 @@ def test_unwritable_store_is_found_before_any_work(place):
 
 
 def test_failing_stage_ends_the_run_with_its_message_and_keeps_what_was_done(place):
-    place.write_rows("rows.jsonl", rows(3) + [{"messages": "not a list"}])
+    place.write_rows("rows.jsonl", [*rows(3), {"messages": "not a list"}])
     done = place.regrow("run", str(place.recipe))
     assert done.returncode == 1
     assert "rows.jsonl:4" in done.stdout

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from regrow.flows.progress import LineReporter
 
+from regrow.flows.progress import LineReporter
 from tests.flows.conftest import rows
 
 

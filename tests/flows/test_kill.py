@@ -5,18 +5,30 @@ import re
 import time
 
 import pytest
+
 from regrow.flows.workplace import Workplace
 from regrow.infra.settings import load_settings
-
 from tests.flows.conftest import Place, kill_tree
+from tests.flows.test_run import STAGES
 
-KILLS = 12
 SEED = 20261121
-STAGES = ("prepare", "train", "merge", "baseline", "evaluate", "publish")
+# When to kill: as the stage starts (and a random part of its usual time later), or as a line of the
+# training comes. A stage that happens to be complete by then is killed in what follows it.
+MOMENTS = (
+    *("[prepare] starts",) * 3,
+    "[train] starts",
+    "checkpoint of step 2 is safe",
+    "checkpoint of step 4 is safe",
+    "checkpoint of step 6 is safe",
+    *("[merge] starts",) * 2,
+    *("[baseline] starts",) * 2,
+    *("[evaluate] starts",) * 2,
+    *("[publish] starts",) * 2,
+)
 
 
-def artifacts(place: Place) -> dict[str, tuple]:
-    """{stage title or name: (key, attempt, digests of its files)} of all complete stages."""
+def artifacts(place: Place) -> dict[str, tuple[str, str, dict[str, str]]]:
+    """{key: (stage, attempt, digests of its files)} of all complete stages."""
     store = Workplace(load_settings(), str(place.root / "home" / "store")).artifacts
     return {
         record.key: (record.stage, record.attempt, {n: f.sha256 for n, f in record.files.items()})
@@ -24,57 +36,58 @@ def artifacts(place: Place) -> dict[str, tuple]:
     }
 
 
-def kill_at(place: Place, wait_for: str, delay: float) -> str:
-    """Run until a line holds `wait_for`, wait `delay` seconds, kill -9 everything; the output."""
+def usual_seconds(output: str) -> dict[str, float]:
+    """{stage: seconds} of the table that ends a run."""
+    found = re.findall(r"^(\w+) +built +([\d.]+) s ", output, re.MULTILINE)
+    return {stage: float(seconds) for stage, seconds in found}
+
+
+def run_and_kill(place: Place, moment: str, delay: float) -> str:
+    """Run until the moment (or until it is seen to be past), wait, kill -9 all; the output."""
+    stage = moment[: moment.index("]") + 1] if moment.startswith("[") else "[train]"
+    past = f"{stage} found in the store"
     process = place.start("run", str(place.recipe))
-    lines = []
     assert process.stdout is not None
+    lines = []
     for line in process.stdout:
         lines.append(line)
-        if wait_for in line:
+        if moment in line or past in line:
             break
     time.sleep(delay)
+    assert process.poll() is None, f"it ended before it was killed:\n{''.join(lines)}"
     kill_tree(process)
     return "".join(lines)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_the_run_finishes_with_the_same_bytes(place, tmp_path_factory):
+def test_killed_at_any_moment_the_run_finishes_with_the_same_bytes(place, tmp_path_factory):
     calm = Place(tmp_path_factory.mktemp("calm"), place.recipe, dict(place.env))
     calm.env["REGROW_HOME"] = str(calm.root / "home")
     undisturbed = calm.regrow("run", str(place.recipe))
     assert undisturbed.returncode == 0, undisturbed.stdout
+    usual = usual_seconds(undisturbed.stdout)
+    assert set(usual) == set(STAGES)
 
     rng = random.Random(SEED)
-    # Each stage at least once and training most often, from its first step to after its last.
-    moments = [f"[{stage}] starts" for stage in STAGES]
-    moments += [f"{step}/8" for step in (2, 4, 6, 8)]
-    moments += ["[train] starts"] * (KILLS - len(moments))
-    before: dict[str, tuple] = {}
-    for moment in moments:
-        kill_at(place, moment, rng.uniform(0, 1.5))
+    complete: dict[str, tuple] = {}
+    said = []
+    for moment in MOMENTS:
+        stage = moment[1:].partition("]")[0] if moment.startswith("[") else ""
+        said.append(run_and_kill(place, moment, rng.uniform(0, 0.9 * usual.get(stage, 0))))
         now = artifacts(place)
-        for key, what in before.items():
+        for key, what in complete.items():
             assert now[key] == what, f"{what[0]} was complete and was built again"
-        before = now
-
+        complete = now
     last = place.regrow("run", str(place.recipe))
     assert last.returncode == 0, last.stdout
-    for key, what in before.items():
-        assert artifacts(place)[key] == what, f"{what[0]} was complete and was built again"
-    expected = {key: (stage, files) for key, (stage, _, files) in artifacts(calm).items()}
-    found = {key: (stage, files) for key, (stage, _, files) in artifacts(place).items()}
+
+    found, expected = artifacts(place), artifacts(calm)
+    for key, what in complete.items():
+        assert found[key] == what, f"{what[0]} was complete and was built again"
     assert set(found) == set(expected)
-    for key, (stage, files) in expected.items():
+    for key, (stage, _, files) in expected.items():
         if stage in ("prepare", "train", "merge"):
-            assert found[key][1] == files, f"the bytes of {stage} differ"
-
-
-@pytest.mark.slow
-def test_training_resumes_at_its_checkpoint(place):
-    kill_at(place, " 6/8", 0.5)
-    done = place.regrow("run", str(place.recipe))
-    assert done.returncode == 0, done.stdout
-    resumed = re.search(r"resum\w* .*?step (\d+)", done.stdout)
-    assert resumed, done.stdout
-    assert int(resumed[1]) >= 4
+            assert found[key][2] == files, f"the bytes of {stage} differ"
+    resumed = re.findall(r"resuming after step (\d+) of 8", "".join(said) + last.stdout)
+    assert {"2", "4", "6"} <= set(resumed)
+    print(f"{len(MOMENTS)} kills; training resumed after steps {', '.join(resumed)}")

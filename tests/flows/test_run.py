@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from regrow.infra.tracking import Tracker
 
 STAGES = ("prepare", "train", "merge", "baseline", "evaluate", "publish")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from regrow.infra.launch import WorkerFailed, run_workers
 
 FAILING = """
@@ -48,7 +49,7 @@ def module(folder: Path, name: str, code: str) -> dict[str, str]:
 def test_error_of_the_failing_rank_comes_back_with_its_traceback(tmp_path):
     env = module(tmp_path, "failing", FAILING)
     lines: list[str] = []
-    with pytest.raises(WorkerFailed, match="datasets.0: the real reason") as caught:
+    with pytest.raises(WorkerFailed, match="the real reason") as caught:
         run_workers(
             "failing",
             [],

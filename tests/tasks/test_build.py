@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
 from regrow.tasks.build import Builder, Units, stage_key
 from regrow.tasks.stage import Stage, StageError
