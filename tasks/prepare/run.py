@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,6 +105,8 @@ def _tokenized(job: StageJob, tokenizer: SavedTokenizer) -> tuple[_Tokenized, _T
     sources = Sources(placement.locations, job.scratch, job.units)
     train = [(dataset, sources.slices(dataset)) for dataset in spec.datasets]
     test = [(dataset, sources.slices(dataset)) for dataset in spec.test_datasets]
+    _require_rows(train, "datasets", placement.locations)
+    _require_rows(test, "test_datasets", placement.locations)
     slices = [part for _, parts in train + test for part in parts]
     parallel = sum(part.size for part in slices) >= placement.pool_from_bytes
     identity = [spec.tokenizer, spec.special_tokens, spec.tokens]
@@ -126,6 +128,18 @@ def _tokenized(job: StageJob, tokenizer: SavedTokenizer) -> tuple[_Tokenized, _T
 
     with Tokenizing(job.units, sources, identity, processes) as tokenizing:
         return tokenize(train), tokenize(test)
+
+
+def _require_rows(
+    datasets: Sequence[tuple[DatasetSpec, list[Slice]]], key: str, locations: Mapping[str, str]
+) -> None:
+    for number, (dataset, parts) in enumerate(datasets):
+        if not any(map(len, parts)):
+            files = ", ".join(locations[file.sha256] for file in dataset.files)
+            raise StageError(
+                f"{key}.{number}: there are no rows in {files}, or none in the wanted range. Check "
+                f"the files, `{key}.{number}.split` and its shards"
+            )
 
 
 def _row_encoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> RowEncoding:
@@ -174,11 +188,6 @@ def _splits(
 def _usable(spec: PrepareSpec, tokenized: _Tokenized, key: str) -> tuple[Examples, Dropped]:
     """The examples (or pieces of them) that can be trained on, and what was dropped."""
     examples = tokenized.corpus.examples
-    if not len(examples):
-        raise StageError(
-            f"{key}: there are no rows: the files hold {sum(tokenized.rows)} in the wanted range. "
-            f"Check the files and `{key}.*.split`"
-        )
     unique = without_repeats(examples) if spec.deduplicate else examples
     enough = unique.take(unique.length >= spec.min_sample_len)
     plain = [i for i, dataset in enumerate(tokenized.datasets) if dataset.format == "completion"]

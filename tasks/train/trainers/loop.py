@@ -67,6 +67,8 @@ class StepLoop(_Base):
         assert isinstance(num_items, Tensor), "this model's loss cannot be normalised by tokens"
         for batch in batches:
             self._meter.add(batch.pop(TOKENS), batch.pop(SUPERVISED))
+        # Copied now and without waiting; the Trainer would wait for the GPU at every tensor.
+        batches = [_on_device(batch, self.args.device) for batch in batches]
         # A step without any supervised token has loss 0, not 0 / 0.
         return batches, num_items.clamp(min=1)
 
@@ -144,7 +146,10 @@ class StepLoop(_Base):
 
 
 def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+    return {
+        name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        for name, x in batch.items()
+    }
 
 
 @contextlib.contextmanager

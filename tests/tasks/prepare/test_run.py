@@ -399,7 +399,7 @@ def test_tokenizer_is_saved_as_used(bench):
 @pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [
-        ([], {}, r"datasets: there are no rows"),
+        ([], {}, r"datasets.0: there are no rows in .*jsonl"),
         ([chat_row("q", "a " * 300)], {}, r"none of 1 .* 1 are longer than sequence_len 256"),
         ([{"messages": [{"role": "user", "content": "q"}]}], {}, "1 hold nothing to learn"),
         ([{"messages": []}], {}, "1 hold nothing to learn"),
