@@ -6,8 +6,9 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 
 from regrow.configs.recipe import Recipe
 from regrow.flows.progress import say

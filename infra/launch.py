@@ -36,7 +36,8 @@ class WorkerFailed(RuntimeError):  # noqa: N818 (the name says what is the matte
     """
 
     def __init__(self, message: str, rank: int | None, trace: str, log_path: Path) -> None:
-        super().__init__(message)
+        who = "the worker" if rank is None else f"rank {rank} of the worker"
+        super().__init__(f"{who} failed: {message}\nIts output, with the traceback: {log_path}")
         self.message, self.rank, self.trace, self.log_path = message, rank, trace, log_path
 
 
@@ -141,4 +142,4 @@ def _failure(code: int, error_file: Path, log_path: Path) -> WorkerFailed:
             content["message"], extra.get("rank"), extra.get("py_callstack", ""), log_path
         )
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return WorkerFailed(f"the worker ended with {name}; see {log_path}", None, "", log_path)
+    return WorkerFailed(f"it ended with {name}", None, "", log_path)

@@ -154,6 +154,7 @@ class Builder:
                 input_results=results,
                 out=_new_directory(work / "out"),
                 scratch=_new_directory(work / "scratch"),
+                logs=self._home / "logs",
                 report=report,
                 units=Units(self.artifacts, work / "units", report),
                 checkpoints=self.artifacts.store.url,

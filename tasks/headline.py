@@ -23,7 +23,9 @@ def _train(result: Mapping[str, Any]) -> str:
 
 
 def _merge(result: Mapping[str, Any]) -> str:
-    return f"largest logit difference {result['max_logit_difference']:.2g}"
+    # How much of what the adapter does is lost: a difference of logits alone says little.
+    lost = result["rms_logit_difference"] / max(result["adapter_effect"], 1e-12)
+    return f"logits as with the adapter to {100 * lost:.2g} % of its effect"
 
 
 def _evaluate(result: Mapping[str, Any]) -> str:

@@ -143,6 +143,8 @@ class StageJob:
     units: UnitCache
     checkpoints: str | None = None
     """Root URL under which a training stage keeps durable checkpoints."""
+    logs: Path | None = None
+    """A directory for what should outlive the attempt, a failed one above all; None: none."""
     tracking: Mapping[str, str] | None = None
     """For live metrics: {"uri": MLflow tracking URI, "run_id": ...}; None when not tracked."""
 

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
+from regrow.configs.faults import RecipeError
 from regrow.configs.load import parse_recipe
 from regrow.flows.cli import COMMANDS
 from tests.file_map import with_file_map
@@ -37,3 +39,30 @@ def test_recipes_in_it_are_valid():
 def test_links_and_pictures_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
+
+
+FEATURES = re.findall(r"^\| (.+?) \| `(\w+: .+?)` \| (yes|not yet) \|$", README, re.MULTILINE)
+SMALL = {
+    "base_model": "owner/model",
+    "datasets": [{"path": "owner/data", "type": "alpaca"}],
+    "learning_rate": 1e-4,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "sequence_len": 512,
+}
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def test_feature_table_is_read():
+    assert len(FEATURES) > 20
+
+
+@pytest.mark.parametrize(("feature", "text", "here"), FEATURES, ids=[f[0] for f in FEATURES])
+def test_features_that_are_here_are_accepted_and_others_refused(feature, text, here):
+    change = yaml.safe_load(text)
+    recipe = SMALL | ({} if change.get("adapter", "lora") is None else LORA) | change
+    if here == "yes":
+        parse_recipe(recipe)
+    else:
+        with pytest.raises(RecipeError, match=next(iter(change))):
+            parse_recipe(recipe)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from regrow.configs.sections.section import Section
 
 PACKED_ATTENTION = "regrow_packed"
@@ -63,7 +61,3 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     """Attention kernel. Whatever Axolotl name is given, Regrow's packed attention runs
     (`regrow_packed`), which keeps attention inside each example on every device."""
-
-    kernels: Literal["auto", "off"] = "auto"
-    """`auto`: Regrow's own kernels wherever they fit the model and the GPU; `off`: none of them.
-    Default `auto`: they are tested to give the same loss and gradients."""

@@ -12,7 +12,7 @@ VERSION = 1
 """Raised whenever the same spec and inputs would give other bytes."""
 
 TOLERANCE = 0.25
-"""See `MergeSpec.tolerance`. Rounding to bfloat16 costs 2 to 11 % of a trained adapter's effect
+"""See `MergeSpec.tolerance`. Rounding to bfloat16 costs 2 to 16 % of a trained adapter's effect
 (measured; see `regrow.tasks.modeling.rounding`), a scale wrong by a factor of 2 at least 50 %."""
 
 

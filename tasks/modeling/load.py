@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -42,6 +43,7 @@ def load_model(
         StageError: a file is missing, the architecture is unknown, weights do not fit the
             architecture, or the model cannot be trained on packed rows.
     """
+    transformers_logging.disable_progress_bar()  # stages tell how far they are in their own way
     directory = _model_directory(path)
     config = _load_config(directory, trust_remote_code)
     if attention == packed.NAME:

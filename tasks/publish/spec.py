@@ -73,14 +73,17 @@ class PublishPlacement:
         given = recipe.model_dump(mode="json", exclude_defaults=True)
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
         output_dir = _tidy(recipe.output_dir)
-        is_path = output_dir is not None and "://" not in output_dir
         return cls(
-            target=str(Path(output_dir).absolute()) if is_path else output_dir,
+            target=_here(output_dir) if output_dir else None,
             recipe_text=mask_secrets(text),
             base_model=base_model,
             base_model_name=recipe.base_model,
             datasets=tuple(str(dataset.path) for dataset in recipe.datasets),
         )
+
+
+def _here(output_dir: str) -> str:
+    return output_dir if "://" in output_dir else str(Path(output_dir).absolute())
 
 
 def _tidy(output_dir: str | None) -> str | None:

@@ -47,7 +47,8 @@ def run(job: StageJob) -> dict[str, Any]:
         tracking=job.tracking,
     )
     worker_job.write(work / "job.json")
-    _launch(work / "job.json", work / "worker.log", placement.num_processes, job.report)
+    log = (job.logs or work) / f"train-{job.stage.key[:12]}.log"
+    _launch(work / "job.json", log, placement.num_processes, job.report)
     for path in sorted(worker_job.out.iterdir()):
         shutil.move(path, job.out / path.name)
     result = json.loads(worker_job.result_path.read_text())
@@ -76,7 +77,7 @@ def _launch(path: Path, log: Path, num_processes: int, report: Reporter) -> None
 
 
 def _explained(failure: WorkerFailed) -> Exception:
-    """A fault the user can mend as StageError; anything else as it is, with its last output."""
+    """A fault the user can mend as StageError; anything else as it is."""
     name, _, message = failure.message.partition(": ")
     if name == "StageError":
         return StageError(message)
@@ -86,6 +87,9 @@ def _explained(failure: WorkerFailed) -> Exception:
             "and raise gradient_accumulation_steps by the same factor (the result stays the same), "
             "set gradient_checkpointing: true, lower sequence_len, or train an adapter"
         )
-    tail = "\n".join(failure.log_path.read_text().splitlines()[-20:])
-    failure.add_note(f"the last lines of {failure.log_path}:\n{tail}")
+    if "bitsandbytes" in failure.message:
+        return StageError(
+            "optimizer: this one needs the package bitsandbytes: pip install 'regrow[gpu]' where "
+            "training runs, or choose another, such as adamw_torch_fused"
+        )
     return failure

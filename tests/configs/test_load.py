@@ -106,7 +106,7 @@ def test_a_key_in_the_wrong_place_is_said_to_be(faults_of, minimal):
         ("run_name: [a]", "expected text"),
         ("special_tokens: x", "expected a map of keys"),
         ("lr_scheduler_kwargs: x", "expected a map of keys"),
-        ("kernels: some", "expected auto or off"),
+        ("excess_length_strategy: some", "expected drop, truncate, raise or split"),
         ("bf16: half", "expected auto or full or true or false"),
     ],
 )

@@ -47,7 +47,7 @@ RECORDS = [
         {"base_model_digest": WEIGHTS, "note": "<b>&"},
         {"base_model": "/models/small"},
     ),
-    _record("merge", "3", {"train": "2"}, {"max_logit_difference": 0.0}),
+    _record("merge", "3", {"train": "2"}, {"rms_logit_difference": 0.0, "adapter_effect": 1.0}),
     _record(
         "evaluate",
         "4",

@@ -85,7 +85,7 @@ def make_job(tmp_path: Path, model_dir: Path) -> Callable[..., StageJob]:
         )
         split = {"examples": 2112, "rows": 92, "fill": 0.972}
         results = {
-            "model": {"max_logit_difference": 0.0},
+            "model": {"rms_logit_difference": 0.0, "adapter_effect": 1.0},
             "scores": SCORES,
             "prepare": {"splits": {"train": split}},
         }

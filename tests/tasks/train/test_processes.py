@@ -144,7 +144,15 @@ def test_running_out_of_memory_is_explained(tmp_path):
     assert "Tried to allocate" in str(error)
 
 
-def test_other_failures_keep_their_last_output(tmp_path):
+def test_other_failures_name_the_log_with_all_output(tmp_path):
     error = failure("RuntimeError: boom", tmp_path)
     assert isinstance(error, WorkerFailed)
-    assert "last words" in error.__notes__[0]
+    assert "RuntimeError: boom" in str(error)
+    assert str(error.log_path) in str(error)
+    assert "last words" in error.log_path.read_text()
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path):
+    error = failure("ImportError: You need to install `bitsandbytes`", tmp_path)
+    assert isinstance(error, StageError)
+    assert "regrow[gpu]" in str(error)
