@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, ParamSpec
 
 from regrow.configs.load import Loaded, load_recipe
 from regrow.flows import show
+from regrow.flows.prefect_server import PrivateServer, ServerFailed
 from regrow.flows.progress import say
 from regrow.flows.workplace import Workplace
+from regrow.infra import tracking
 from regrow.infra.artifacts import ArtifactDamaged
 from regrow.infra.hub import HubError
 from regrow.infra.settings import load_settings, quiet_environment
@@ -32,7 +34,7 @@ def explains(command: Callable[_P, int]) -> Callable[_P, int]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except (StageError, StoreError, HubError, ArtifactDamaged) as error:
+        except (StageError, StoreError, HubError, ArtifactDamaged, ServerFailed) as error:
             say(f"error: {error}", sys.stderr)
             return 1
 
@@ -58,7 +60,7 @@ def run_recipe(
     loaded, workplace, plan = open_plan(recipe, overrides)
     if last:
         plan.upto(last)
-    quiet_environment(ephemeral_server=workplace.settings.prefect_api_url is None)
+    _open_prefect(workplace)
     from regrow.flows.finetune import finetune, stages_upto
 
     if last:
@@ -110,6 +112,17 @@ def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
         )
     say(lineage.tree(record, workplace.artifacts.lookup))
     return 0
+
+
+def _open_prefect(workplace: Workplace) -> None:
+    """Use the user's Prefect server, or one of our own that comes up while MLflow is imported."""
+    if workplace.settings.prefect_api_url is not None:
+        return
+    quiet_environment(private_server=True)
+    server = PrivateServer(workplace.home)
+    server.start()
+    tracking.preload()
+    server.wait()
 
 
 def _print_end(session: Session, workplace: Workplace, shown: int | None) -> None:

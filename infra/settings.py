@@ -22,10 +22,9 @@ _TELEMETRY_OFF = {
 # beside one other busy process took 30 times as long (measured, 2 cores, libgomp of torch for CPU).
 _POLITE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-# Prefect's ephemeral server serves this one process: its schedulers have nothing to do, and
-# leaving them out shortens every start. A server that the user runs is not touched by these.
-_EPHEMERAL_SERVER = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+# A server of one run's own serves that process: its schedulers have nothing to do, and leaving
+# them out shortens every start. A server that the user runs is not touched by these.
+_PRIVATE_SERVER = {
     "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
@@ -41,6 +40,10 @@ _EPHEMERAL_SERVER = {
 }
 
 
+_PRIVATE = "REGROW_PRIVATE_PREFECT"
+"""Set where `PREFECT_API_URL` is a server that we started for one run."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the environment says, once per process."""
@@ -52,7 +55,7 @@ class Settings:
     tracking_uri: str | None
     """`MLFLOW_TRACKING_URI`, when MLflow is not the local SQLite file."""
     prefect_api_url: str | None
-    """`PREFECT_API_URL`; None means an ephemeral server inside this process."""
+    """`PREFECT_API_URL`; None means a server of this run's own."""
     hub_offline: bool
     """`HF_HUB_OFFLINE`: no request to a model hub is made."""
     lease_seconds: float
@@ -66,7 +69,7 @@ def load_settings() -> Settings:
         home=Path(env.get("REGROW_HOME") or ".regrow").absolute(),
         store_url=env.get("REGROW_STORE") or None,
         tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
-        prefect_api_url=env.get("PREFECT_API_URL") or None,
+        prefect_api_url=None if _PRIVATE in env else env.get("PREFECT_API_URL") or None,
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         # Three missed heartbeats of ten seconds: the margin Kubernetes leases use by default
         # (leaseDuration is several renew periods).
@@ -74,14 +77,20 @@ def load_settings() -> Settings:
     )
 
 
-def quiet_environment(ephemeral_server: bool = False) -> None:
-    """Switch telemetry off, and trim the ephemeral Prefect server, where the user said nothing.
+def quiet_environment(private_server: bool = False) -> None:
+    """Switch telemetry off, and trim a private Prefect server, where the user said nothing.
 
     Call it before torch is imported: its thread library reads the environment once.
     """
-    defaults = _TELEMETRY_OFF | _POLITE_THREADS | (_EPHEMERAL_SERVER if ephemeral_server else {})
+    defaults = _TELEMETRY_OFF | _POLITE_THREADS | (_PRIVATE_SERVER if private_server else {})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def use_private_prefect(api_url: str) -> None:
+    """Make Prefect in this process use a server that was started for this run alone."""
+    os.environ["PREFECT_API_URL"] = api_url
+    os.environ[_PRIVATE] = "1"
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -169,6 +169,11 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
+def preload() -> None:
+    """Import MLflow now, while this process would otherwise wait for something else."""
+    import mlflow  # noqa: F401
+
+
 class Tracker:
     """The runs of one experiment.
 
