@@ -92,12 +92,14 @@ class Journal:
 
     def end(self, outcomes: Sequence[Outcome], status: str, final: Record | None) -> None:
         """Close the parent run with a table of the stages and the lineage page."""
-        lines = ["| stage | state | seconds | key | figure |", "|---|---|---|---|---|"]
+        lines = ["| stage | state | seconds | key | result |", "|---|---|---|---|---|"]
         for outcome in outcomes:
             stage, result = outcome.stage, outcome.record.result
             state = "Cached" if outcome.cached else "built"
             cells = [stage.title, state, f"{outcome.seconds:.1f}", f"`{stage.key[:12]}`"]
             lines.append(f"| {' | '.join(cells)} | {headline(stage.name, result)} |")
+            if stage.title == "evaluate":  # so that a table of runs compares their models
+                self._tracker.log_metrics(self._parent, _numbers(result["scores"]))
         self._tracker.set_tags(self._parent, {"mlflow.note.content": "\n".join(lines)})
         if final is not None:
             page = lineage.html(final, self._artifacts.lookup)
