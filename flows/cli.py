@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -131,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not command.takes_overrides:
         say(f"regrow {command.name}: does not know {' '.join(rest)}", sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return command.run(args, rest)
     except RecipeError as error:
@@ -141,6 +145,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output left: `regrow plan x | head`
+    except Exception as error:  # noqa: BLE001 (the last net: a bug of ours, told without a traceback)
+        say(f"error: {type(error).__name__}: {error}", sys.stderr)
+        say(f"If the input is right this is a bug; report it with {_crash_log()}", sys.stderr)
+        return 70  # EX_SOFTWARE of sysexits.h
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: MLflow, leases and workers hear of it."""
+    raise KeyboardInterrupt
+
+
+def _crash_log() -> str:
+    """Write the traceback that is being handled into a file; its path."""
+    with tempfile.NamedTemporaryFile("w", prefix="regrow-", suffix=".log", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from regrow.flows.prefect_server import PrivateServer, ServerFailed
 from regrow.flows.progress import say
 from regrow.flows.workplace import Workplace
 from regrow.infra import tracking
-from regrow.infra.artifacts import ArtifactDamaged
-from regrow.infra.hub import HubError
-from regrow.infra.settings import load_settings, quiet_environment
-from regrow.infra.store import StoreError
-from regrow.tasks.build import stage_key
+from regrow.infra.reachable import require_answer
+from regrow.infra.secrets import mask_secrets
+from regrow.infra.settings import SettingError, load_settings, quiet_environment
+from regrow.infra.store import Store, StoreError
+from regrow.tasks.build import EXPECTED, stage_key
 from regrow.tasks.plan import Plan, make_plan
 from regrow.tasks.stage import StageError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regrow.flows.session import Session
 
 _P = ParamSpec("_P")
+_ANSWER_SECONDS = 10  # a server on another continent answers in one
 
 
 def explains(command: Callable[_P, int]) -> Callable[_P, int]:
@@ -34,7 +35,7 @@ def explains(command: Callable[_P, int]) -> Callable[_P, int]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except (StageError, StoreError, HubError, ArtifactDamaged, ServerFailed) as error:
+        except (*EXPECTED, ServerFailed, SettingError) as error:
             say(f"error: {error}", sys.stderr)
             return 1
 
@@ -49,7 +50,14 @@ def open_plan(recipe: str, overrides: Sequence[str]) -> tuple[Loaded, Workplace,
         say(str(notice))
     workplace = Workplace(load_settings(), loaded.recipe.store)
     workplace.artifacts.store.check_writable()
-    return loaded, workplace, make_plan(loaded.recipe, loaded.name, workplace.memo)
+    plan = make_plan(loaded.recipe, loaded.name, workplace.memo)
+    target = plan.publish.placement.target
+    if target is not None:
+        try:
+            Store(target)  # at the end of a long training would be too late
+        except StoreError as error:
+            raise StageError(f"output_dir: {error}") from error
+    return loaded, workplace, plan
 
 
 @explains
@@ -116,7 +124,15 @@ def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
 
 def _open_prefect(workplace: Workplace) -> None:
     """Use the user's Prefect server, or one of our own that comes up while MLflow is imported."""
-    if workplace.settings.prefect_api_url is not None:
+    url = workplace.settings.prefect_api_url
+    if url is not None:
+        try:
+            require_answer(f"{url.rstrip('/')}/health", _ANSWER_SECONDS)
+        except OSError as error:
+            raise ServerFailed(
+                f"PREFECT_API_URL: nothing answers at {mask_secrets(url)} ({error}). Start it "
+                "(`prefect server start`, or `regrow ui`), or unset PREFECT_API_URL"
+            ) from error
         return
     quiet_environment(private_server=True)
     server = PrivateServer(workplace.home)

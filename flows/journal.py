@@ -37,6 +37,7 @@ class Journal:
         self._parent = ""
         self._models: dict[str, str] = {}
         self._datasets: dict[str, tuple[str, str]] = {}
+        self._open: set[str] = set()
 
     @property
     def parent_run_id(self) -> str:
@@ -51,13 +52,27 @@ class Journal:
 
     def start_stage(self, stage: Stage) -> str:
         """The child run of a stage that is about to be built; its id."""
+        self._close_dead(stage)
         tags = {"stage": stage.name, "stage.key": stage.key, "cached": "false"}
-        return self._tracker.start_run(stage.title, tags, "", self._parent)
+        run_id = self._tracker.start_run(stage.title, tags, "", self._parent)
+        self._open.add(run_id)
+        return run_id
 
-    def fail_stage(self, run_id: str, message: str) -> None:
-        """End a stage's run as failed, with the reason as its description."""
+    def _close_dead(self, stage: Stage) -> None:
+        """Runs that built this key before were killed: who starts now holds the key's lease."""
+        dead = self._tracker.find_runs(
+            f"tags.`stage.key` = '{stage.key}' and attributes.status = 'RUNNING'"
+        )
+        for run in dead:
+            for run_id in (run.run_id, run.tags.get("mlflow.parentRunId")):
+                if run_id and run_id != self._parent:
+                    self._tracker.finish(run_id, "KILLED")
+
+    def fail_stage(self, run_id: str, message: str, status: str) -> None:
+        """End a stage's run as FAILED or KILLED, with the reason as its description."""
+        self._open.discard(run_id)
         self._tracker.set_tags(run_id, {"mlflow.note.content": message, "cached": "failed"})
-        self._tracker.finish(run_id, "FAILED")
+        self._tracker.finish(run_id, status)
 
     def finish_stage(self, outcome: Outcome, run_id: str | None) -> None:
         """Write a stage's figures and links; `run_id` is None for one found in the store."""
@@ -78,6 +93,7 @@ class Journal:
             self._log_pictures(run_id, record)
             self._tracker.log_text(run_id, record.to_json(), "record.json")
         self._tracker.finish(run_id, "FINISHED")
+        self._open.discard(run_id)
 
     def register(self, outcome: Outcome, name: str, model: Stage) -> str:
         """Register the published model under `name`; its version."""
@@ -104,6 +120,8 @@ class Journal:
         if final is not None:
             page = lineage.html(final, self._artifacts.lookup)
             self._tracker.log_html(self._parent, page, "lineage.html")
+        for run_id in self._open:  # begun in the moment of an interruption
+            self._tracker.finish(run_id, status)
         self._tracker.finish(self._parent, status)
 
     def _built_before(self, stage: Stage) -> RunInfo | None:

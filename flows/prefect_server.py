@@ -86,6 +86,7 @@ class PrivateServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
+                start_new_session=True,  # Ctrl-C is for us: the server must hear how the run ended
             )
         # Registered before Prefect is imported, so it is called after Prefect's own last words.
         atexit.register(_end, self._process)

@@ -11,27 +11,11 @@ from typing import Any
 from regrow.flows.journal import Journal
 from regrow.flows.progress import LineReporter, duration, say
 from regrow.flows.workplace import Workplace
-from regrow.infra.artifacts import ArtifactDamaged
-from regrow.infra.hub import HubError
-from regrow.infra.launch import WorkerFailed
-from regrow.infra.lease import LeaseLost
-from regrow.infra.store import StoreError
-from regrow.infra.tracking import Tracker, TrackingError
+from regrow.infra.tracking import Tracker
 from regrow.tasks.build import Outcome
 from regrow.tasks.headline import headline
 from regrow.tasks.plan import Plan
-from regrow.tasks.stage import Stage, StageError
-
-EXPECTED = (
-    StageError,
-    StoreError,
-    HubError,
-    TrackingError,
-    WorkerFailed,
-    LeaseLost,
-    ArtifactDamaged,
-)
-"""Failures that say themselves what is wrong: shown as one message, without a traceback."""
+from regrow.tasks.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -79,7 +63,7 @@ class Session:
         """Build a stage or find it in the store.
 
         Raises:
-            one of `EXPECTED` for what people can mend; anything else is a bug of ours.
+            one of `EXPECTED`, which say what is wrong.
         """
         report = LineReporter(stage.title, self._emit)
         started: list[str] = []
@@ -93,7 +77,9 @@ class Session:
             outcome = self._workplace.builder.build(stage, report, tracking)
         except BaseException as error:
             for run_id in started:
-                self._note(self._journal.fail_stage, run_id, str(error) or type(error).__name__)
+                why = str(error) or type(error).__name__
+                status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                self._note(self._journal.fail_stage, run_id, why, status)
             raise
         self.outcomes.append(outcome)
         self._workplace.remember(self.plan.name, stage)

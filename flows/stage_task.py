@@ -8,8 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
-from regrow.flows.session import EXPECTED, Session
-from regrow.tasks.build import Outcome
+from regrow.flows.session import Session
+from regrow.tasks.build import EXPECTED, Outcome
 from regrow.tasks.stage import Stage
 
 

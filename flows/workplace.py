@@ -59,8 +59,8 @@ class Workplace:
             name = f"latest/{recipe}/{stage.title}.json"
             key = json.loads(self.artifacts.store.read_bytes(name))["key"]
             return self.artifacts.lookup(f"stages/{key}")
-        except (FileNotFoundError, ArtifactDamaged):
-            return None
+        except (FileNotFoundError, ArtifactDamaged, ValueError, KeyError, TypeError):
+            return None  # it only helps to say what has changed
 
     def state(self, stage: Stage) -> str:
         """ "cached", "damaged: ..." or "to run"; the bytes are checked as far as that is quick."""

@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from regrow.infra.store import identity, open_raw
+from regrow.infra.store import StoreError, identity, open_raw
 
 _BLOCK = 1 << 22  # 4 MiB: large enough that reading, not Python, is the cost
 # A file changed within the same clock tick as its hashing could keep size and mtime; such young
@@ -37,13 +37,27 @@ class DigestMemo:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        if path is not None:
+        if path is None:
+            return
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as db, db:
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS digests"
-                    " (place TEXT PRIMARY KEY, size INTEGER, mark TEXT, sha256 TEXT)"
-                )
+            try:
+                self._create()
+            except sqlite3.DatabaseError:
+                path.unlink()  # not a database, or a damaged one: nothing that matters is lost
+                self._create()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"cannot write to {path.parent}: {error}. Check the path, the permissions and the "
+                "free space, or set REGROW_HOME to another place"
+            ) from error
+
+    def _create(self) -> None:
+        with closing(self._connect()) as db, db:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS digests"
+                " (place TEXT PRIMARY KEY, size INTEGER, mark TEXT, sha256 TEXT)"
+            )
 
     def _connect(self) -> sqlite3.Connection:
         assert self._path is not None

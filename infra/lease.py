@@ -106,6 +106,8 @@ class Lease:
         if newest is None or newest[1].get("released"):
             return None
         owner = newest[1].get("owner", {})
+        if _is_dead(owner):
+            return None
         return f"{owner.get('host')}, process {owner.get('pid')}"
 
     def check(self) -> None:
@@ -160,6 +162,8 @@ class Lease:
             except FileNotFoundError:
                 continue  # removed by the next holder between listing and reading
             except ValueError:
+                data = None
+            if not isinstance(data, dict):
                 data = {"beat": "unreadable"}
             return int(name.removesuffix(".json")), data
         return None

@@ -44,6 +44,10 @@ _PRIVATE = "REGROW_PRIVATE_PREFECT"
 """Set where `PREFECT_API_URL` is a server that we started for one run."""
 
 
+class SettingError(ValueError):
+    """An environment variable that cannot be used; the message names it."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the environment says, once per process."""
@@ -73,8 +77,19 @@ def load_settings() -> Settings:
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         # Three missed heartbeats of ten seconds: the margin Kubernetes leases use by default
         # (leaseDuration is several renew periods).
-        lease_seconds=float(env.get("REGROW_LEASE_SECONDS") or 30),
+        lease_seconds=_seconds("REGROW_LEASE_SECONDS", 30),
     )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise SettingError(f"{name}: {text!r} is not a number of seconds above 0")
+    return value
 
 
 def quiet_environment(private_server: bool = False) -> None:

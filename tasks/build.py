@@ -8,9 +8,10 @@ named, removed and built again, and so is a damaged input, while everything else
 from __future__ import annotations
 
 import errno
-import os
+import re
 import shutil
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,26 @@ from typing import Any
 
 from regrow.infra import provenance
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
-from regrow.infra.lease import Lease
+from regrow.infra.hub import HubError
+from regrow.infra.launch import WorkerFailed
+from regrow.infra.lease import Lease, LeaseLost
+from regrow.infra.store import StoreError
+from regrow.infra.tracking import TrackingError
 from regrow.tasks.stage import Reporter, Stage, StageError, StageJob, canonical, fingerprint
 
 _POLL_SECONDS = 1.0  # between two looks at a key that another process builds
 _SETTLE_TRIES = 5  # damaged inputs rebuilt in one stage before we believe the disk is broken
+
+EXPECTED = (
+    StageError,
+    StoreError,
+    HubError,
+    TrackingError,
+    WorkerFailed,
+    LeaseLost,
+    ArtifactDamaged,
+)
+"""Failures that say themselves what is wrong: shown as one message, without a traceback."""
 
 # What the operating system says when the place, not the program, is at fault.
 _PLACE_ERRORS = {
@@ -171,12 +187,28 @@ class Builder:
                 result=canonical(result),
                 provenance=provenance.collect() | {"placement": canonical(stage.placement)},
             )
-        except OSError as error:
-            raise _explained(error) from error
+            self.artifacts.remove_other_attempts(record)  # the lease is ours: nobody else is at it
+        except EXPECTED:
+            raise
+        except Exception as error:
+            raise self._explained(stage, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
         self.artifacts.store.remove(checkpoint_prefix(stage))
         return record
+
+    def _explained(self, stage: Stage, error: Exception) -> StageError:
+        """One message for what nobody foresaw; its traceback goes into a file."""
+        log = self._home / "logs" / f"{stage.title}-{stage.key[:12]}-traceback.log"
+        remedy = place_fault(error)
+        if remedy is not None:
+            return StageError(f"{stage.title}: {remedy}")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)))
+        return StageError(
+            f"{stage.title} failed in a way that Regrow does not know: {type(error).__name__}: "
+            f"{error}\nIf the input is right this is a bug; the traceback to report is in {log}"
+        )
 
     def _open_inputs(
         self, stage: Stage, report: Reporter
@@ -242,9 +274,15 @@ def _new_directory(path: Path) -> Path:
     return path
 
 
-def _explained(error: OSError) -> Exception:
-    remedy = _PLACE_ERRORS.get(error.errno or 0)
-    if remedy is None:
-        return error
-    where = f" {error.filename}" if error.filename else ""
-    return StageError(f"cannot write{where}: {os.strerror(error.errno or 0)}: {remedy}")
+def place_fault(error: BaseException) -> str | None:
+    """What to do about an error that is the machine's (a full disk, say), or None.
+
+    Libraries written in Rust raise errors of their own that hold the number as text only.
+    """
+    text = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(text[1]) if text else 0)
+    if number in _PLACE_ERRORS:
+        where = getattr(error, "filename", None)
+        return f"cannot write{f' {where}' if where else ''}: {_PLACE_ERRORS[number]}"
+    cause = error.__cause__ or error.__context__
+    return place_fault(cause) if cause is not None else None

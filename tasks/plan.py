@@ -145,7 +145,13 @@ def _files(datasets: Sequence[Any], key: str, memo: DigestMemo) -> list[dict[str
             revision=dataset.revision,
             key=f"{key}.{i}",
         )
-        found.append({place: memo.sha256(place) for place in places})
+        try:
+            found.append({place: memo.sha256(place) for place in places})
+        except OSError as error:
+            raise StageError(
+                f"{key}.{i}.path: {dataset.path} cannot be read ({error}). Check the path, the "
+                "permissions and the network"
+            ) from error
     return found
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from regrow.tasks.modeling.ends import stop_ids
 from regrow.tasks.stage import Reporter
 
 # Places in the key-value cache of one batch. A model of 8 billion parameters keeps 131 kB for each
@@ -57,33 +57,6 @@ def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(shown, str)
     return shown
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and the model's end, and the template's.
-
-    The template's is the first special token that it writes after an assistant's words; many
-    models end a turn with a token that is not their end-of-text token.
-    """
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    several = configured if isinstance(configured, list) else [configured]
-    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *several]
-    return sorted({token for token in found if isinstance(token, int)})
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    if not tokenizer.chat_template:
-        return None
-    words = "The answer."
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    try:
-        shown = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:
-        return None  # a template for other kinds of turns: the two other ends remain
-    assert isinstance(shown, str)
-    after = tokenizer(shown.rpartition(words)[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in after if token in special), None)
 
 
 def answers(

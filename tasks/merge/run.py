@@ -13,6 +13,7 @@ from regrow.infra import hub
 from regrow.tasks.merge.fidelity import compare, logits_of, probe_batch
 from regrow.tasks.merge.spec import MergeSpec
 from regrow.tasks.modeling.adapter import load_adapter
+from regrow.tasks.modeling.ends import align_special_ids
 from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
 from regrow.tasks.modeling.rounding import round_weights
 from regrow.tasks.stage import StageError, StageJob
@@ -36,7 +37,9 @@ def run(job: StageJob) -> dict[str, Any]:
     base = hub.local_directory(job.placement.base_model, "model", _MODEL_FILES)
     job.report.progress(0, 3, "parts", "base and adapter")
     model: Any = load_model(base, dtype=spec.dtype, trust_remote_code=trust).float()
-    grow_embeddings(model, len(load_tokenizer(tokenizer_dir)))
+    tokenizer = load_tokenizer(tokenizer_dir)
+    grow_embeddings(model, len(tokenizer))
+    align_special_ids(model, tokenizer)
     before = _merge(model, job.inputs["train"], spec.dtype, job.out, batch)
     del model
     shutil.copytree(tokenizer_dir, job.out, dirs_exist_ok=True)

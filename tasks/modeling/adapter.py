@@ -57,6 +57,8 @@ def add_adapter(
         use_dora=dora,
         init_lora_weights=init,  # pyright: ignore[reportArgumentType]
         modules_to_save=sorted(modules_to_save) or None,
+        # Else the copy that is trained would leave the other end of a tied embedding behind.
+        ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
     )
     try:
         adapted: Any = get_peft_model(model, config)
@@ -67,6 +69,18 @@ def add_adapter(
         ) from error
     _cast_trainable(adapted, torch.float32)
     return adapted
+
+
+def embedding_names(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that new tokens need trained: the embedding, and the head if not tied."""
+    head = None if _is_tied(model) else model.get_output_embeddings()
+    ends = [model.get_input_embeddings(), *([head] if head is not None else [])]
+    named = {id(module): name for name, module in model.named_modules()}
+    return {named[id(module)].rpartition(".")[2] for module in ends}
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return bool(model.config.get_text_config().tie_word_embeddings)
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:

@@ -52,6 +52,8 @@ def text_column(row: Mapping[str, Any], name: str, key: str, default: str | None
     if name not in row:
         raise no_such_column(row, name, key)
     value = row[name]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # JSON and CSV readers make numbers of answers such as "4"
     if not isinstance(value, str):
         raise RowError(f"column {name!r} must hold text, not {_kind(value)}")
     return value

@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import lzma
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -95,7 +97,7 @@ def _unpacked(path: Path, place: str, target: Path) -> Path:
     try:
         with store.open_url(str(path)) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, _BLOCK)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise StageError(
             f"{place}: cannot be decompressed ({error}); is the copy whole?"
         ) from error
@@ -149,9 +151,17 @@ def _lists_of_objects(value: dict[str, Any]) -> list[str]:
 def _json_rows(path: Path, place: str) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as file:
         document = _JsonReader(file, place)
-        if document.peek() == "{":
-            document.enter_only_list()
-        yield from document.elements()
+        try:
+            within = document.peek() == "{"
+            if within:
+                document.enter_only_list()
+            yield from document.elements()
+            if not within:
+                document.expect_end()
+        except UnicodeDecodeError as error:
+            raise StageError(
+                f"{place}: it is not text in UTF-8 ({error}); convert the file"
+            ) from error
 
 
 class _JsonReader:
@@ -174,6 +184,11 @@ class _JsonReader:
                 break
             self._expect(",")
         self._expect("]")
+
+    def expect_end(self) -> None:
+        """Nothing may follow: it would be rows that nobody reads."""
+        if self.peek():
+            self._fail("text follows the list")
 
     def enter_only_list(self) -> None:
         """Go into an object, up to the list that it holds."""

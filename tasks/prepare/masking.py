@@ -103,15 +103,20 @@ class Masker:
 
     def _after(self, text: str, stop: int, trained: bool, last: bool) -> tuple[int, bool]:
         """Where training ends after a message that ends at `stop`, and whether an end was found."""
-        begin = _after_space(text, stop)
-        lengths = (n for n in self._end_lengths if text[begin : begin + n] in self._ends)
-        length = next(lengths, None)
-        if length is None:
-            return stop, {self.rules.train_on_eos, self.rules.train_on_eot} == {"none"}
-        is_eos = text[begin : begin + length] == self.eos
-        mode = self.rules.train_on_eos if is_eos else self.rules.train_on_eot
-        included = {"turn": trained, "all": True, "last": last, "none": False}[mode]
-        return (begin + length if included else stop), True
+        wants = {"turn": trained, "all": True, "last": last, "none": False}
+        begin, is_eos = _after_space(text, stop), False
+        found = {self.rules.train_on_eos, self.rules.train_on_eot} == {"none"}
+        # Some templates close an answer with one token and the turn with another, the eos.
+        while not is_eos and (length := self._end_at(text, begin)):
+            found, is_eos = True, text[begin : begin + length] == self.eos
+            if not wants[self.rules.train_on_eos if is_eos else self.rules.train_on_eot]:
+                break
+            begin = stop = begin + length
+        return stop, found
+
+    def _end_at(self, text: str, at: int) -> int:
+        """Length of the end token that stands there; 0 for none."""
+        return next((n for n in self._end_lengths if text[at : at + n] in self._ends), 0)
 
 
 def locate(

@@ -93,7 +93,7 @@ def _json_lines(file: LocalFile, chunk: Chunk) -> Iterator[dict | None]:
         where = file.where(chunk.first_row + number)
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StageError(
                 f"{where}: not valid JSON ({error}). Mend or remove the row"
             ) from error

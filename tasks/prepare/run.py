@@ -192,6 +192,8 @@ def _usable(spec: PrepareSpec, tokenized: _Tokenized, key: str) -> tuple[Example
     enough = unique.take(unique.length >= spec.min_sample_len)
     plain = [i for i, dataset in enumerate(tokenized.datasets) if dataset.format == "completion"]
     strategy = spec.excess_length_strategy
+    if not len(examples):
+        raise StageError(f"{key}: there are no rows in the files: every line is blank")
     fit, dropped_long = fitted(tokenized.corpus, enough, spec.sequence_len, strategy, plain)
     usable = fit.take(fit.supervised > 0)
     dropped = {
@@ -245,7 +247,10 @@ def _finish(
     path = job.out / "prompts.jsonl"
     path.touch()
     backend = Tokenizer.from_file(tokenizer.path)
-    if held_out is None or not write_prompts(path, *held_out, backend, job.spec.seed):
+    datasets = (*job.spec.datasets, *job.spec.test_datasets)
+    ends = {end for dataset in datasets for end in getattr(dataset.options, "eot_tokens", ())}
+    ends.add(tokenizer.eos_token)
+    if held_out is None or not write_prompts(path, *held_out, backend, ends, job.spec.seed):
         job.report.log(
             "no prompts for sample generation: they are taken from held-out conversations or "
             "instructions (`val_set_size`, `test_datasets`)"

@@ -74,6 +74,8 @@ def save_tokenizer(
             {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in special_tokens.items()}
         )
     loaded.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    if loaded.pad_token is None and loaded.eos_token is not None:
+        loaded.pad_token = loaded.eos_token  # masks never go by it, and batches of prompts need one
     loaded.chat_template = chat_template or loaded.chat_template or fallback_template
     loaded.save_pretrained(str(out))
     _forget_place(out / "tokenizer_config.json")

@@ -18,6 +18,10 @@ from regrow.tasks.train.spec import TrainPlacement
 _WORKER = "regrow.tasks.train.worker"
 _MOST_POINTS = 500  # of the curves in a result: enough for a plot, some 50 kB of JSON
 _MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
+# A failing rank's own traceback: it is in the log, and its last line becomes the stage's error.
+_TRACEBACK = re.compile(
+    r"\[rank\d+\]:|Traceback |  |\w+(\.\w+)*(Error|Exception): |E\d{4} |[=-]{20}"
+)
 _PROGRESS = re.compile(r"step (\d+)/(\d+) \| (.*)")
 
 
@@ -67,7 +71,7 @@ def _launch(path: Path, log: Path, num_processes: int, report: Reporter) -> None
         if progress:
             done, total, note = progress.groups()
             report.progress(int(done), int(total), "steps", note)
-        elif line.strip():
+        elif line.strip() and not _TRACEBACK.match(line):
             report.log(line)
 
     try:
@@ -86,6 +90,11 @@ def _explained(failure: WorkerFailed) -> Exception:
             f"the GPU has too little memory ({message.splitlines()[0]}). Lower micro_batch_size "
             "and raise gradient_accumulation_steps by the same factor (the result stays the same), "
             "set gradient_checkpointing: true, lower sequence_len, or train an adapter"
+        )
+    if "No space left" in failure.message or "os error 28" in failure.message:
+        return StageError(
+            "training: there is no space left for its checkpoints or result; free some, set "
+            "REGROW_HOME to another disk, or lower save_total_limit"
         )
     if "bitsandbytes" in failure.message:
         return StageError(

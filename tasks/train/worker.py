@@ -22,7 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils.logging import disable_progress_bar
 
 from regrow.infra.artifacts import ArtifactStore
-from regrow.tasks.modeling.adapter import add_adapter
+from regrow.tasks.modeling.adapter import add_adapter, embedding_names
+from regrow.tasks.modeling.ends import align_special_ids
 from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError, canonical
@@ -43,7 +44,6 @@ from regrow.tasks.train.metrics import Meter, MetricsFile, Totals, peak_memory_g
 from regrow.tasks.train.noise import EmbeddingNoise
 from regrow.tasks.train.order import DataOrder, Split, choose_split
 from regrow.tasks.train.schedule import total_steps, warmup_steps
-from regrow.tasks.train.spec import TrainSpec
 from regrow.tasks.train.trainers.sft import SftTrainer
 
 logger = logging.getLogger("regrow.tasks.train.worker")  # __name__ is __main__ when launched
@@ -154,10 +154,13 @@ def _fit_vocabulary(model: Any, job: WorkerJob) -> None:
     if not new:
         return
     logger.info("the vocabulary has %d new tokens; the embedding grew", new)
-    if job.spec.adapter and not job.spec.adapter.modules_to_save:
+    if not job.spec.adapter:
+        return
+    needed = embedding_names(model)
+    if not needed <= set(job.spec.adapter.modules_to_save):
         raise StageError(
             f"the tokenizer has {new} tokens that the base model does not know, and an adapter "
-            "alone cannot learn them: set lora_modules_to_save: [embed_tokens, lm_head]"
+            f"alone cannot learn them: set lora_modules_to_save: [{', '.join(sorted(needed))}]"
         )
 
 
@@ -253,18 +256,19 @@ def _finish(
     if trainer.args.process_index == 0:
         result |= _curves(read_metrics(job.metrics_path))
         job.out.mkdir(parents=True, exist_ok=True)
-        _save(model, job.out, job.spec, use_cache)
+        _save(model, job, use_cache)
         job.result_path.write_text(json.dumps(result, indent=1, sort_keys=True))
     if trainer.args.world_size > 1:
         torch.distributed.barrier()
     return result
 
 
-def _save(model: Any, out: Path, spec: TrainSpec, use_cache: bool) -> None:
+def _save(model: Any, job: WorkerJob, use_cache: bool) -> None:
     if isinstance(model, PeftModel):
-        save_adapter(model, out)
+        save_adapter(model, job.out)
     else:
-        save_model(model, out, DTYPES[spec.dtype], use_cache)
+        align_special_ids(model, load_tokenizer(job.prepared / "tokenizer"))
+        save_model(model, job.out, DTYPES[job.spec.dtype], use_cache)
 
 
 def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[str, Any]:

@@ -59,13 +59,20 @@ def _check_mlflow(tracker: Tracker) -> None:
     assert again[0].tags["stage.key"] == trained[0].tags["stage.key"]
 
 
-def test_full_fine_tune_has_no_merge_and_publishes_whole_weights(place):
+def test_full_fine_tune_publishes_whole_weights_and_registers_them(place, tracker_of):
     place.write_recipe(adapter=None, lora_r=None, lora_alpha=None, lora_dropout=None)
-    place.write_recipe(lora_target_linear=None, learning_rate=1e-3)
+    place.write_recipe(lora_target_linear=None, learning_rate=1e-3, register_as="tiny")
     done = place.regrow("run", str(place.recipe))
     assert done.returncode == 0, done.stdout
     assert set(states(done.stdout)) == set(STAGES) - {"merge"}
+    assert "warning" not in done.stdout
     assert (place.root / "outputs" / "model.safetensors").is_file()
+    tracker = tracker_of(place)
+    (trained,) = tracker.find_runs("tags.stage = 'train'")
+    model, run = trained.tags["regrow.model_id"], trained.run_id
+    same, other = {"stage.key": trained.tags["stage.key"]}, {"stage.key": "another"}
+    assert tracker.register(model, "tiny", run, tags=other) == "2"  # so there is a version 1,
+    assert tracker.register(model, "tiny", run, tags=same) == "1"  # and it is this model
 
 
 def test_two_runs_at_once_build_each_stage_once(place):

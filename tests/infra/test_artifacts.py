@@ -2,10 +2,12 @@
 
 import json
 import multiprocessing
+import os
 
 import pytest
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
+from regrow.infra.digests import DigestMemo
 from regrow.infra.store import Store
 
 KEY = "stages/0123"
@@ -50,9 +52,10 @@ def test_second_publisher_gets_the_first_record_and_leaves_no_bytes(artifacts, f
     assert artifacts.store.folders(KEY) == [first.attempt]
 
 
-def test_publishing_clears_what_a_killed_attempt_left(artifacts, filled):
+def test_what_a_killed_attempt_left_can_be_removed(artifacts, filled):
     artifacts.store.put_files([(filled / "a.txt", f"{KEY}/attempt-dead/a.txt")])
     record = publish(artifacts, filled)
+    artifacts.remove_other_attempts(record)
     assert artifacts.store.folders(KEY) == [record.attempt]
 
 
@@ -88,6 +91,38 @@ def test_record_of_a_newer_schema_is_refused(artifacts, filled):
     data = json.loads(record.to_json()) | {"schema": 99}
     with pytest.raises(ValueError, match="newer Regrow"):
         Record.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": {}}, {"result": None}, {"inputs": []}, {"spec": {"x": 2}}, {"files": [1]}]
+)
+def test_changed_record_that_still_parses_is_not_believed(artifacts, filled, change):
+    record = publish(artifacts, filled)
+    data = json.loads(record.to_json()) | change
+    artifacts.store.write_bytes(f"{KEY}/record.json", json.dumps(data).encode())
+    with pytest.raises(ArtifactDamaged, match=r"record\.json"):
+        artifacts.lookup(KEY)
+
+
+def test_record_of_another_key_is_not_believed(artifacts, filled):
+    record = publish(artifacts, filled)
+    artifacts.store.write_bytes("stages/4567/record.json", record.to_json().encode())
+    with pytest.raises(ArtifactDamaged, match=KEY):
+        artifacts.lookup("stages/4567")
+
+
+def test_lost_bit_is_found_though_the_file_has_its_old_time(filled, tmp_path):
+    artifacts = ArtifactStore(
+        Store(tmp_path / "s"), tmp_path / "c", DigestMemo(tmp_path / "memo.sqlite")
+    )
+    record = publish(artifacts, filled)
+    path = tmp_path / "s" / KEY / record.attempt / "a.txt"
+    os.utime(path, (1, 1))
+    artifacts.fetch(record)
+    path.write_text("alphA")
+    os.utime(path, (1, 1))
+    with pytest.raises(ArtifactDamaged, match=r"a\.txt"):
+        artifacts.fetch(record)
 
 
 def test_download_is_checked_again_when_the_local_copy_changes(filled, tmp_path):

@@ -144,6 +144,8 @@ def _opened(call: Mapping[str, Any], number: int) -> dict[str, Any]:
         return {**call, "function": _opened(function, number)}
     if "arguments" not in call:
         return dict(call)
+    if call["arguments"] == "":  # how some APIs write a call without arguments
+        return {**call, "arguments": {}}
     return {**call, "arguments": _decoded(call["arguments"], f"tool call of message {number}")}
 
 
