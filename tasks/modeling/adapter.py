@@ -44,8 +44,8 @@ def add_adapter(
     """
     if init not in SAFE_INITS:
         raise StageError(
-            f"peft_init_lora_weights: {init!r} changes the base weights or needs data, which is "
-            f"not supported; choose one of {', '.join(map(str, SAFE_INITS))}"
+            f"peft_init_lora_weights: {init!r} changes the base or needs data, which is not "
+            f"supported; choose one of {', '.join(map(str, SAFE_INITS))}"
         )
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -57,8 +57,7 @@ def add_adapter(
         use_dora=dora,
         init_lora_weights=init,  # pyright: ignore[reportArgumentType]
         modules_to_save=sorted(modules_to_save) or None,
-        # Else the copy that is trained would leave the other end of a tied embedding behind.
-        ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
+        ensure_weight_tying=_trains_a_tied_end(model, modules_to_save),
     )
     try:
         adapted: Any = get_peft_model(model, config)
@@ -77,6 +76,11 @@ def embedding_names(model: PreTrainedModel) -> set[str]:
     ends = [model.get_input_embeddings(), *([head] if head is not None else [])]
     named = {id(module): name for name, module in model.named_modules()}
     return {named[id(module)].rpartition(".")[2] for module in ends}
+
+
+def _trains_a_tied_end(model: PreTrainedModel, modules_to_save: Sequence[str]) -> bool:
+    """Whether a copy of one end would be trained and leave the other end behind."""
+    return _is_tied(model) and bool({*embedding_names(model), "lm_head"} & set(modules_to_save))
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

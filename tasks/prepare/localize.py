@@ -175,6 +175,7 @@ class _JsonReader:
         """The objects of the list that begins here."""
         self._expect("[")
         if self.peek() == "]":
+            self._expect("]")
             return
         while True:
             if self.peek() != "{":

@@ -128,7 +128,7 @@ def test_alpaca_with_and_without_input():
             {"instruction": "a", "answer": "b"},
             "no column 'output'; the row has 'instruction', 'answer'",
         ),
-        ({"instruction": "a", "output": 5}, "column 'output' must hold text, not int"),
+        ({"instruction": "a", "output": [5]}, "column 'output' must hold text, not"),
         ({"instruction": None, "output": "b"}, "column 'instruction' must hold text, not null"),
     ],
 )
