@@ -36,7 +36,8 @@ _PRIVATE_SERVER = {
     "PREFECT_SERVER_SERVICES_EVENT_LOGGER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "true",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # What fails is told by us, once; Prefect would tell it again with what it knows of it.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
 }
 
 

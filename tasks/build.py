@@ -202,11 +202,11 @@ class Builder:
         log = self._home / "logs" / f"{stage.title}-{stage.key[:12]}-traceback.log"
         remedy = place_fault(error)
         if remedy is not None:
-            return StageError(f"{stage.title}: {remedy}")
+            return StageError(remedy)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)))
         return StageError(
-            f"{stage.title} failed in a way that Regrow does not know: {type(error).__name__}: "
+            f"it failed in a way that Regrow does not know: {type(error).__name__}: "
             f"{error}\nIf the input is right this is a bug; the traceback to report is in {log}"
         )
 

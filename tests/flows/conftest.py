@@ -45,6 +45,7 @@ class Place:
         (self.root / name).write_text(text)
 
     def start(self, *words: str) -> subprocess.Popen:
+        """In a process group of its own, as a shell starts a command."""
         return subprocess.Popen(
             [SCRIPT, *words],
             cwd=self.root,
@@ -52,6 +53,7 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            process_group=0,
         )
 
     def regrow(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess:

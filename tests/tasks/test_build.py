@@ -42,6 +42,14 @@ def fill_the_disk(job):
     raise OSError(errno.ENOSPC, "No space left on device", "out/text")
 
 
+def break_down(_job):
+    raise KeyError("nobody foresaw this")
+
+
+def fill_the_disk_in_rust(_job):
+    raise RuntimeError("Error while serializing: I/O error: No space left (os error 28)")
+
+
 def stage(text: str, runner: str = "write_text", version: int = 1, **inputs: Stage) -> Stage:
     return Stage(f"stage-{text}", version, Spec(text), f"{__name__}:{runner}", inputs)
 
@@ -101,6 +109,19 @@ def test_failed_stage_leaves_nothing_to_be_found(builder, report, tmp_path):
         builder.build(broken, report)
     assert builder.artifacts.lookup(stage_key(broken)) is None
     assert list((tmp_path / "home" / "work").iterdir()) == []
+
+
+def test_what_nobody_foresaw_is_one_message_and_a_traceback_in_a_file(builder, report, tmp_path):
+    with pytest.raises(StageError, match=r"KeyError: 'nobody foresaw this'") as caught:
+        builder.build(stage("y", "break_down"), report)
+    (log,) = (tmp_path / "home" / "logs").iterdir()
+    assert str(log) in str(caught.value)
+    assert "in break_down" in log.read_text()
+
+
+def test_full_disk_told_by_a_library_in_words_is_known(builder, report):
+    with pytest.raises(StageError, match=r"no space left.*REGROW_HOME"):
+        builder.build(stage("z", "fill_the_disk_in_rust"), report)
 
 
 def test_two_builders_at_once_build_once(builder, report):
