@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,9 +99,10 @@ class ArtifactDamaged(RuntimeError):  # noqa: N818 (the name says what is the ma
         self.key, self.file, self.why = key, file, why
 
 
-def _check_bytes(record: Record, directory: Path) -> None:
+def _check_bytes(record: Record, directory: Path, sha256: Callable[[Path], str]) -> None:
+    """Compare the files in `directory` with the record, by digests that `sha256` gives."""
     for name, entry in record.files.items():
-        if sha256_file(directory / name) != entry.sha256:
+        if sha256(directory / name) != entry.sha256:
             raise ArtifactDamaged(record.key, name, "the bytes differ from their sha256")
 
 
@@ -147,7 +148,7 @@ class ArtifactStore:
         """
         self._check_sizes(record)
         if self.store.local is not None:
-            self._check_digests(record, self.store.local / record.key / record.attempt)
+            _check_bytes(record, self.store.local / record.key / record.attempt, self._memo.sha256)
 
     def _check_sizes(self, record: Record) -> None:
         sizes = self.store.sizes(f"{record.key}/{record.attempt}")
@@ -157,11 +158,6 @@ class ArtifactStore:
             if sizes[name] != entry.size:
                 why = f"{sizes[name]} bytes instead of {entry.size}"
                 raise ArtifactDamaged(record.key, name, why)
-
-    def _check_digests(self, record: Record, directory: Path) -> None:
-        for name, entry in record.files.items():
-            if self._memo.sha256(directory / name) != entry.sha256:
-                raise ArtifactDamaged(record.key, name, "the bytes differ from their sha256")
 
     def fetch(self, record: Record) -> Path:
         """A local directory with the artifact's verified files; read it, never write to it.
@@ -173,7 +169,7 @@ class ArtifactStore:
             directory = self.store.local / record.key / record.attempt
             self._check_sizes(record)
             # Not by memory: a disk can lose bits without touching a file's time.
-            _check_bytes(record, directory)
+            _check_bytes(record, directory, sha256_file)
             return directory
         self.check(record)
         target = self._cache / record.key / record.attempt
@@ -183,7 +179,7 @@ class ArtifactStore:
 
     def _is_intact(self, record: Record, directory: Path) -> bool:
         try:
-            self._check_digests(record, directory)
+            _check_bytes(record, directory, self._memo.sha256)
         except (ArtifactDamaged, FileNotFoundError):
             shutil.rmtree(directory, ignore_errors=True)
             return False
@@ -195,7 +191,7 @@ class ArtifactStore:
         try:
             partial.mkdir(parents=True)
             self.store.get_files([(f"{base}/{name}", partial / name) for name in record.files])
-            self._check_digests(record, partial)
+            _check_bytes(record, partial, self._memo.sha256)
             partial.rename(target)
         except OSError:
             if not target.is_dir():  # not the race of two readers of one artifact: a real fault
