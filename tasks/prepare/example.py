@@ -1,10 +1,10 @@
-"""What a format makes of one row: a document of text segments, or a conversation."""
+"""What a format makes of one row: an item of one or more sequences to be tokenized."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 class RowError(ValueError):
@@ -21,9 +21,39 @@ class Segment:
 
 @dataclass(frozen=True)
 class Document:
-    """Segments one after the other, ended by the tokenizer's eos token, which is trained."""
+    """Segments tokenized as one text, ended by the tokenizer's eos token, which is trained."""
 
     segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text tokenized for itself, and which of its tokens are learnt."""
+
+    text: str
+    train: Literal["all", "last", "none"]
+    """last: only the last token, as process rewards need."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Texts tokenized one by one and put one after the other: what stands before an answer has the
+    same tokens when the model is asked."""
+
+    pieces: tuple[Piece, ...]
+    bos: bool = True
+    """Begin with what the tokenizer puts before a text (its bos token, if it has such a habit)."""
+    eos: bool = True
+    """End with the eos token, learnt when the last piece is; unless it stands there already."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Tokens made elsewhere, taken as they are."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    """1 where the token is learnt."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,23 @@ class Conversation:
     trained: tuple[bool, ...]
     """One flag for each message."""
     tools: tuple[Any, ...] | None = None
+
+
+TokenSource = Document | Pieces | TokenIds | Conversation
+"""What becomes one sequence of tokens."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What stays together when rows are mixed and packed: one sequence, or the two of a pair."""
+
+    sequences: tuple[TokenSource, ...]
+    """One; or chosen and rejected, in this order."""
+    labels: tuple[int, ...] = ()
+    """0 to 255: one for each sequence (1 chosen or desirable, 0 rejected or undesirable) or, for
+    process rewards, one for each trained token. Empty where the method has none."""
+    extra: str | None = None
+    """JSON of what travels with the item unread, such as a reference answer for a reward."""
 
 
 def text_column(row: Mapping[str, Any], name: str, key: str, default: str | None = None) -> str:
