@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regrow.configs.faults import Fault, Notice, Path, dotted
@@ -17,6 +17,8 @@ class Draft:
 
     data: dict[str, Any]
     lines: dict[Path, int] = field(default_factory=dict)
+    layers: dict[Path, str] = field(default_factory=dict)
+    """Path -> the extended recipe that its line is in; absent for the recipe's own file."""
     overridden: set[Path] = field(default_factory=set)
     """What the command line set."""
     faults: list[Fault] = field(default_factory=list)
@@ -47,10 +49,17 @@ class Draft:
             path, shown = self.written[path]
         overridden = self.is_overridden(path)
         # What is missing from an entry has no line: that of the entry will do.
-        line = None if overridden else self.lines.get(path) or self.lines.get(path[:-1])
+        place = path if path in self.lines else path[:-1]
+        line = None if overridden else self.lines.get(place)
+        layer = self.layers.get(place, "") if line else ""
         if isinstance(shown, (dict, list, tuple)):
             shown = None  # a whole block is no help on one line
-        self.faults.append(Fault(dotted(path), shown, line, why, remedy, overridden))
+        self.faults.append(Fault(dotted(path), shown, line, why, remedy, overridden, layer))
+
+    def name_layer(self, name: str) -> None:
+        """Say that all lines not named yet are in the file `name`."""
+        self.layers = {path: self.layers.get(path, name) for path in self.lines}
+        self.faults = [replace(f, file=f.file or name) if f.line else f for f in self.faults]
 
     def ignore(self, key: str, why: str) -> None:
         """Add a notice that `key` has no effect."""

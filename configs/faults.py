@@ -39,9 +39,12 @@ class Fault:
     """What to write instead."""
     overridden: bool = False
     """Whether the value came from the command line."""
+    file: str = ""
+    """The extended recipe that holds the line; empty for the recipe itself."""
 
     def __str__(self) -> str:
         place = "on the command line" if self.overridden else f"line {self.line}"
+        place = f"{self.file}, {place}" if self.file else place
         if self.line is None and not self.overridden:
             place = ""
         where = ": ".join(part for part in (place, self._written()) if part)

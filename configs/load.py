@@ -13,14 +13,11 @@ from regrow.configs.check import check_rules, check_types
 from regrow.configs.defaults import fill_in
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Fault, Notice, RecipeError
+from regrow.configs.layers import read_layers
 from regrow.configs.local_paths import find_local_paths
 from regrow.configs.overrides import Overrides, apply_overrides
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import rename
-from regrow.configs.yaml_lines import parse_yaml
-
-_MAX_BYTES = 1 << 20
-"""Published recipes have some 3 kB; a file of a megabyte is something else, such as weights."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,23 @@ class Loaded:
         return self.recipe.name or (self.path.stem if self.path else "recipe")
 
 
-def load_recipe(path: str | Path, overrides: Overrides = ()) -> Loaded:
-    """The recipe in the YAML file `path`, changed by `overrides` (`--key value` words, or a map of
-    dotted keys).
+def load_recipe(
+    path: str | Path,
+    overrides: Overrides = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Loaded:
+    """The recipe in the YAML file `path`, with those it extends, changed by `overrides` (`--key
+    value` words, or a map of dotted keys).
+
+    Args:
+        environment: what `${NAME}` in the recipe may name.
 
     Raises:
         RecipeError: with every reason why it cannot run.
     """
-    if "\0" in str(path):
-        raise _unreadable(Path("recipe"), "the path holds a null character", "Check the path")
     path = Path(path).expanduser()
-    text = _read(path)
-    document = parse_yaml(text)
-    if not document.readable:
-        raise RecipeError(document.faults, str(path))
-    draft = Draft(document.data, document.lines, faults=document.faults)
+    draft, text = read_layers(path, environment or {})
     recipe = _finish(draft, overrides, path.absolute().parent, str(path))
     return Loaded(recipe, _grouped(draft.notices), text, path)
 
@@ -97,30 +96,6 @@ def _finish(draft: Draft, overrides: Overrides, directory: Path | None, source: 
         raise RecipeError(_in_order(draft.faults), source, _grouped(draft.notices))
     assert recipe is not None, "no recipe and no fault"
     return recipe
-
-
-def _read(path: Path) -> str:
-    """The file's text, without a byte-order mark."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES:
-            raise _unreadable(path, "the file is larger than 1 MiB", "Name a YAML file")
-        return raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        error = _unreadable(path, "there is no such file", "Check the path")
-    except IsADirectoryError:
-        error = _unreadable(path, "this is a directory", "Name the YAML file in it")
-    except UnicodeDecodeError:
-        error = _unreadable(path, "the file is not text in UTF-8", "Name a YAML file")
-    except OSError as reason:
-        why = f"the file cannot be read ({reason.strerror})"
-        error = _unreadable(path, why, "Check the path and its permissions")
-    raise error
-
-
-def _unreadable(path: Path, why: str, remedy: str) -> RecipeError:
-    return RecipeError([Fault("", None, None, why, remedy)], str(path))
 
 
 def _plain(data: Any) -> Any:

@@ -45,6 +45,10 @@ def _artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
 
 
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """A command without arguments."""
+
+
 def _ports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlflow-port", type=int, default=5000)
     parser.add_argument("--prefect-port", type=int, default=4200)
@@ -57,6 +61,18 @@ def _until(last: str) -> Callable[[argparse.Namespace, list[str]], int]:
         return run_recipe(args.recipe, overrides, last=last, show=getattr(args, "show", None))
 
     return run
+
+
+def _validate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.validate import validate
+
+    return validate(args.recipe, overrides)
+
+
+def _schema(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.validate import print_schema
+
+    return print_schema()
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -97,6 +113,7 @@ def _ui(args: argparse.Namespace, overrides: list[str]) -> int:
 
 COMMANDS = (
     Command("run", "run the whole pipeline", _until(""), _recipe),
+    Command("validate", "say whether a recipe can run, and all reasons if not", _validate, _recipe),
     Command("plan", "say what would run, and why", _plan, _recipe),
     Command("status", "say what is complete, running or missing", _status, _recipe),
     Command("preprocess", "tokenize and pack the data", _until("prepare"), _show),
@@ -106,6 +123,7 @@ COMMANDS = (
     Command("inference", "ask the finished model once", _inference, _prompt),
     Command("chat", "talk with the finished model", _chat, _recipe),
     Command("lineage", "where an artifact comes from", _lineage, _artifact),
+    Command("schema", "print the recipe's JSON Schema", _schema, _nothing, takes_overrides=False),
     Command("ui", "serve the MLflow and Prefect pages", _ui, _ports, takes_overrides=False),
 )
 

@@ -15,7 +15,12 @@ from regrow.flows.workplace import Workplace
 from regrow.infra import tracking
 from regrow.infra.reachable import require_answer
 from regrow.infra.secrets import mask_secrets
-from regrow.infra.settings import SettingError, load_settings, quiet_environment
+from regrow.infra.settings import (
+    SettingError,
+    environment,
+    load_settings,
+    quiet_environment,
+)
 from regrow.infra.store import Store, StoreError
 from regrow.tasks.build import EXPECTED, stage_key
 from regrow.tasks.plan import Plan, make_plan
@@ -45,7 +50,7 @@ def explains(command: Callable[_P, int]) -> Callable[_P, int]:
 def open_plan(recipe: str, overrides: Sequence[str]) -> tuple[Loaded, Workplace, Plan]:
     """The recipe, its places and its plan, with what the recipe's reader has to say printed."""
     quiet_environment()
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, environment=environment())
     for notice in loaded.notices:
         say(str(notice))
     workplace = Workplace(load_settings(), loaded.recipe.store)

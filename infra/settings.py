@@ -82,6 +82,11 @@ def load_settings() -> Settings:
     )
 
 
+def environment() -> dict[str, str]:
+    """All variables, for the `${NAME}` of a recipe."""
+    return dict(os.environ)
+
+
 def _seconds(name: str, default: float) -> float:
     text = os.environ.get(name) or str(default)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 
@@ -57,5 +57,7 @@ Fraction = Annotated[float, _NotBool, Field(ge=0, lt=1)]
 Ratio = Annotated[float, _NotBool, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+_TEXTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), WithJsonSchema(_TEXTS_SCHEMA)]
 """A list of texts; one text alone is a list of one."""
