@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ConfigDict
 
 from regrow.configs.sections.adapter import AdapterSection
@@ -43,6 +45,10 @@ class Recipe(
     """What a run is. Built by `load_recipe` or `parse_recipe`, which rename, fill in and check."""
 
     model_config = ConfigDict(defer_build=False)
+
+    def given(self) -> dict[str, Any]:
+        """What was written and what follows from it, as plain data that gives the recipe again."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     @property
     def global_batch_size(self) -> int:

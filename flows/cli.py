@@ -45,6 +45,22 @@ def _artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
 
 
+def _two(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", help="key of an artifact (its first digits do)")
+    parser.add_argument("second", help="key of another")
+
+
+def _again(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", help="key of an artifact (its first digits do)")
+    parser.add_argument("--keep", action="store_true", help="keep the files that were made again")
+
+
+def _store_options(parser: argparse.ArgumentParser) -> None:
+    from regrow.flows.store_options import add_options
+
+    add_options(parser)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """A command without arguments."""
 
@@ -93,6 +109,24 @@ def _lineage(args: argparse.Namespace, overrides: list[str]) -> int:
     return show_lineage(args.artifact, overrides)
 
 
+def _diff(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.diff import show_diff
+
+    return show_diff(args.first, args.second)
+
+
+def _reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.reproduce import reproduce
+
+    return reproduce(args.artifact, args.keep)
+
+
+def _store(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.store_commands import store_command
+
+    return store_command(args)
+
+
 def _inference(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.talk import answer_once
 
@@ -123,6 +157,11 @@ COMMANDS = (
     Command("inference", "ask the finished model once", _inference, _prompt),
     Command("chat", "talk with the finished model", _chat, _recipe),
     Command("lineage", "where an artifact comes from", _lineage, _artifact),
+    Command("diff", "what differs between two models", _diff, _two, takes_overrides=False),
+    Command(
+        "reproduce", "make an artifact again and compare", _reproduce, _again, takes_overrides=False
+    ),
+    Command("store", "look after the artifacts", _store, _store_options, takes_overrides=False),
     Command("schema", "print the recipe's JSON Schema", _schema, _nothing, takes_overrides=False),
     Command("ui", "serve the MLflow and Prefect pages", _ui, _ports, takes_overrides=False),
 )

@@ -65,7 +65,7 @@ class FlowRun:
         return isinstance(error, StageFailed)
 
     def _origin(self) -> Origin:
-        given = self._recipe.model_dump(mode="json", exclude_defaults=True)
+        given = self._recipe.given()
         text = mask_secrets(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
         tags = {"prefect.flow_run_id": flow_run.id or ""}
         # Without a server of the user's, Prefect's page ends with the run.

@@ -50,6 +50,8 @@ class Session:
         emit: Callable[[str], None] = say,
     ) -> None:
         self.plan, self._workplace, self._tracker, self._emit = plan, workplace, tracker, emit
+        notes = {"recipe": origin.recipe_text, "recipe_name": origin.name}
+        self._builder = workplace.builder.noting(notes)
         self._journal = Journal(tracker, workplace.artifacts, origin.name)
         self.prefect_page = origin.prefect_page
         self.outcomes: list[Outcome] = []
@@ -74,7 +76,7 @@ class Session:
             return {"uri": self._tracker.uri, "run_id": started[-1]}
 
         try:
-            outcome = self._workplace.builder.build(stage, report, tracking)
+            outcome = self._builder.build(stage, report, tracking)
         except BaseException as error:
             for run_id in started:
                 why = str(error) or type(error).__name__

@@ -7,6 +7,7 @@ named, removed and built again, and so is a damaged input, while everything else
 
 from __future__ import annotations
 
+import copy
 import errno
 import re
 import shutil
@@ -23,7 +24,7 @@ from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.hub import HubError
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.lease import Lease, LeaseLost
-from regrow.infra.store import StoreError
+from regrow.infra.store import Store, StoreError
 from regrow.infra.tracking import TrackingError
 from regrow.tasks.stage import Reporter, Stage, StageError, StageJob, canonical, fingerprint
 
@@ -91,6 +92,13 @@ class Builder:
     ) -> None:
         self.artifacts, self._home = artifacts, home
         self._lease_seconds, self._still_valid = lease_seconds, still_valid
+        self._notes: Mapping[str, Any] = {}
+
+    def noting(self, notes: Mapping[str, Any]) -> Builder:
+        """A builder into the same store whose records hold `notes` in their provenance."""
+        other = copy.copy(self)
+        other._notes = dict(notes)
+        return other
 
     def find(self, stage: Stage) -> Record | None:
         """The stage's complete and undamaged record, or None.
@@ -185,7 +193,7 @@ class Builder:
                 spec=canonical(stage.spec),
                 inputs={name: source.key for name, source in stage.inputs.items()},
                 result=canonical(result),
-                provenance=provenance.collect() | {"placement": canonical(stage.placement)},
+                provenance=self._provenance(stage),
             )
             self.artifacts.remove_other_attempts(record)  # the lease is ours: nobody else is at it
         except EXPECTED:
@@ -196,6 +204,37 @@ class Builder:
             shutil.rmtree(work, ignore_errors=True)
         self.artifacts.store.remove(checkpoint_prefix(stage))
         return record
+
+    def _provenance(self, stage: Stage) -> dict[str, Any]:
+        placement = {"placement": canonical(stage.placement)}
+        return provenance.collect() | placement | dict(self._notes)
+
+    def rerun(self, stage: Stage, out: Path, report: Reporter) -> None:
+        """Do the stage's work again into `out`, from its inputs in the store (built now where they
+        are missing), without looking at what the store has of the stage itself or its parts.
+
+        Raises:
+            StageError: for a fault the user can mend. Whatever the runner raises is passed on.
+        """
+        inputs, results = self._open_inputs(stage, report)
+        work = self._fresh_work_directory(stage)
+        apart = ArtifactStore(Store(work / "store"), work / "cache")
+        try:
+            job = StageJob(
+                stage=stage,
+                inputs=inputs,
+                input_results=results,
+                out=_new_directory(out),
+                scratch=_new_directory(work / "scratch"),
+                logs=self._home / "logs",
+                report=report,
+                units=Units(apart, work / "units", report),
+                checkpoints=None,
+                tracking=None,
+            )
+            stage.function()(job)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
     def _explained(self, stage: Stage, error: Exception) -> StageError:
         """One message for what nobody foresaw; its traceback goes into a file."""

@@ -70,7 +70,7 @@ class PublishPlacement:
 
         A relative `output_dir` starts in the current directory.
         """
-        given = recipe.model_dump(mode="json", exclude_defaults=True)
+        given = recipe.given()
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
         output_dir = _tidy(recipe.output_dir)
         return cls(

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from regrow.configs.load import load_recipe
+from regrow.configs.load import load_recipe, parse_recipe
 from regrow.configs.recipe import SECTIONS, Recipe
 from regrow.configs.reference import reference
 
@@ -21,6 +22,14 @@ def test_every_shipped_recipe_runs(path):
     loaded = load_recipe(path)
     assert loaded.text.startswith("#"), "its first line says what it is for"
     assert not [notice for notice in loaded.notices if notice.action in ("ignored", "renamed")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_record_holds_gives_the_recipe_again(path):
+    recipe = load_recipe(path).recipe
+    text = yaml.safe_dump(recipe.given())
+    assert parse_recipe(yaml.safe_load(text)).recipe == recipe
+    assert len(recipe.given()) < len(Recipe.model_fields), "only what was said"
 
 
 def test_recipes_are_shipped():
