@@ -45,6 +45,17 @@ def _artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
 
 
+def _deployment(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--cron", help="start by the clock, such as '0 3 * * *'")
+    parser.add_argument("--on-change", metavar="URL", help="start when the data there has changed")
+    parser.add_argument("--every", type=float, default=60, help="seconds between looks at it (60)")
+    parser.add_argument("--on-event", metavar="NAME", help="start at every event of that name")
+    parser.add_argument("--pool", default="regrow", help="Prefect work pool (regrow)")
+    parser.add_argument("--pool-type", default="process", choices=("process", "kubernetes"))
+    parser.add_argument("--gpus", type=int, help="GPUs that all runs of the server share")
+
+
 def _two(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", help="key of an artifact (its first digits do)")
     parser.add_argument("second", help="key of another")
@@ -109,6 +120,12 @@ def _lineage(args: argparse.Namespace, overrides: list[str]) -> int:
     return show_lineage(args.artifact, overrides)
 
 
+def _deploy(args: argparse.Namespace, overrides: list[str]) -> int:
+    from regrow.flows.commands import deploy_recipe
+
+    return deploy_recipe(args, overrides)
+
+
 def _diff(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.diff import show_diff
 
@@ -157,6 +174,7 @@ COMMANDS = (
     Command("inference", "ask the finished model once", _inference, _prompt),
     Command("chat", "talk with the finished model", _chat, _recipe),
     Command("lineage", "where an artifact comes from", _lineage, _artifact),
+    Command("deploy", "let a Prefect server start the pipeline", _deploy, _deployment),
     Command("diff", "what differs between two models", _diff, _two, takes_overrides=False),
     Command(
         "reproduce", "make an artifact again and compare", _reproduce, _again, takes_overrides=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
@@ -127,17 +128,43 @@ def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+@explains
+def deploy_recipe(args: Namespace, overrides: Sequence[str]) -> int:
+    """Make the recipe a deployment of the Prefect server at `PREFECT_API_URL`."""
+    quiet_environment()
+    settings = load_settings()
+    loaded = load_recipe(args.recipe, overrides, environment=environment())
+    for notice in loaded.notices:
+        say(str(notice))
+    if settings.prefect_api_url is None:
+        raise SettingError(
+            "PREFECT_API_URL: a deployment needs a Prefect server that stays. Start one (`regrow "
+            "ui`, or `prefect server start`) and set PREFECT_API_URL to its address"
+        )
+    _require_server(settings.prefect_api_url)
+    from regrow.flows.deploy import Wish, deploy
+
+    names = ("pool", "pool_type", "cron", "on_event", "on_change", "every", "gpus")
+    for line in deploy(loaded, settings, Wish(**{name: getattr(args, name) for name in names})):
+        say(line)
+    return 0
+
+
+def _require_server(url: str) -> None:
+    try:
+        require_answer(f"{url.rstrip('/')}/health", _ANSWER_SECONDS)
+    except OSError as error:
+        raise ServerFailed(
+            f"PREFECT_API_URL: nothing answers at {mask_secrets(url)} ({error}). Start it "
+            "(`prefect server start`, or `regrow ui`), or unset PREFECT_API_URL"
+        ) from error
+
+
 def _open_prefect(workplace: Workplace) -> None:
     """Use the user's Prefect server, or one of our own that comes up while MLflow is imported."""
     url = workplace.settings.prefect_api_url
     if url is not None:
-        try:
-            require_answer(f"{url.rstrip('/')}/health", _ANSWER_SECONDS)
-        except OSError as error:
-            raise ServerFailed(
-                f"PREFECT_API_URL: nothing answers at {mask_secrets(url)} ({error}). Start it "
-                "(`prefect server start`, or `regrow ui`), or unset PREFECT_API_URL"
-            ) from error
+        _require_server(url)
         return
     quiet_environment(private_server=True)
     server = PrivateServer(workplace.home)

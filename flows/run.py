@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.flows.progress import say
 from regrow.flows.session import Origin, Session
@@ -30,7 +31,8 @@ class FlowRun:
     """
 
     def __init__(self, recipe: Recipe, name: str) -> None:
-        self._recipe, self._name = recipe, name
+        # A recipe from a form has not been through the rules; one from a file passes them again.
+        self._recipe, self._name = parse_recipe(recipe.given()).recipe, name
         self.state: State[Any] = Completed()
         """How the flow run ended, for the flow to return."""
 

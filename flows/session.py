@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from regrow.tasks.build import Outcome
 from regrow.tasks.headline import headline
 from regrow.tasks.plan import Plan
 from regrow.tasks.stage import Stage
+
+Slots = Callable[[Stage], AbstractContextManager[Any]]
+"""What a stage must hold while it is built, such as GPUs."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,12 @@ class Session:
         self._pending: list[Future[None]] = []
         self._note(self._journal.begin, origin.recipe_text, origin.params, origin.tags)
 
-    def run(self, stage: Stage) -> Outcome:
+    def run(self, stage: Stage, slots: Slots = nullcontext) -> Outcome:
         """Build a stage or find it in the store.
+
+        Args:
+            slots: entered before the stage's own work begins and left after it; not entered when
+                there is nothing to build.
 
         Raises:
             one of `EXPECTED`, which say what is wrong.
@@ -70,13 +78,17 @@ class Session:
         report = LineReporter(stage.title, self._emit)
         started: list[str] = []
 
+        held = ExitStack()
+
         def tracking() -> dict[str, str]:
+            held.enter_context(slots(stage))
             report.log(f"starts (key {stage.key[:12]})")
             started.append(self._writer.submit(self._journal.start_stage, stage).result())
             return {"uri": self._tracker.uri, "run_id": started[-1]}
 
         try:
-            outcome = self._builder.build(stage, report, tracking)
+            with held:
+                outcome = self._builder.build(stage, report, tracking)
         except BaseException as error:
             for run_id in started:
                 why = str(error) or type(error).__name__

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
+from regrow.flows.gpu_slots import gpus_of
 from regrow.flows.session import Session
 from regrow.tasks.build import EXPECTED, Outcome
 from regrow.tasks.stage import Stage
@@ -20,7 +21,7 @@ class StageFailed(RuntimeError):  # noqa: N818 (the name says what is the matter
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _run_stage(session: Any, stage: Any) -> Any:
     try:
-        outcome = session.run(stage)
+        outcome = session.run(stage, gpus_of)
     except EXPECTED as error:
         # A state, not a raise: Prefect would print the traceback of an error that explains itself.
         return Failed(message=str(error), data=StageFailed(f"{stage.title}: {error}"))
