@@ -167,7 +167,7 @@ def _ensure_limit(client: SyncPrefectClient, gpus: int) -> str:
 
 def _ensure_heartbeat() -> str:
     try:
-        Automation.read(name=HEARTBEAT)
+        _ = Automation.read(name=HEARTBEAT)
     except ValueError:  # Prefect's word for "there is none of that name"
         made: Any = _heartbeat()
         made.create()
