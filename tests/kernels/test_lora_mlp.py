@@ -1,0 +1,84 @@
+"""The fused MLP equals its formula and keeps no hidden layer but gate and up."""
+
+import pytest
+import torch
+
+from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
+from regrow.kernels.lora_mlp import lora_mlp, reference
+
+HIDDEN, WIDTH = 15, 22
+
+
+def mlp(random, ranks, trained, bias=False):
+    sizes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+
+    def scaled(*shape, **options):  # keeps outputs near one, as in a trained model
+        leaf = random(*shape, **options)
+        return (leaf.detach() * 0.3).requires_grad_(leaf.requires_grad)
+
+    return [
+        Projection(
+            scaled(outputs, inputs, requires_grad=trained),
+            scaled(rank, inputs, kind=torch.float32) if rank else None,
+            scaled(outputs, rank, kind=torch.float32) if rank else None,
+            2.0,
+            scaled(outputs, requires_grad=trained) if bias else None,
+        )
+        for (outputs, inputs), rank in zip(sizes, ranks, strict=True)
+    ]
+
+
+def rebuild(group, tensors):
+    rest = iter(tensors)
+    full = [None if t is None else next(rest) for t in tensors_of(group)]
+    return group_of(full, constants_of(group))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "trained", "bias"),
+    [((3, 3, 3), False, False), ((2, 0, 5), False, True), ((0, 0, 0), True, False)],
+    ids=["lora", "several_ranks", "full_fine_tuning"],
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_equals_the_formula(check_gradients, random, ranks, trained, bias, activation):
+    group = mlp(random, ranks, trained, bias)
+    check_gradients(
+        lambda x, *t: lora_mlp(x, *rebuild(group, t), activation=activation),
+        lambda x, *t: reference(x, *rebuild(group, t), activation=activation),
+        [random(2, 7, HIDDEN), *(t for t in tensors_of(group) if t is not None)],
+    )
+
+
+def test_keeps_gate_and_up_but_not_their_product(random):
+    group = mlp(random, (3, 3, 3), False)
+    own = {t.data_ptr() for t in tensors_of(group) if t is not None}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_mlp(random(7, HIDDEN), *group)
+    shapes = [tuple(t.shape) for t in saved if t.data_ptr() not in own]
+    assert sorted(shape for shape in shapes if shape[0] == 7) == [
+        (7, 3), (7, 6), (7, HIDDEN), (7, WIDTH), (7, WIDTH),
+    ]  # fmt: skip
+
+
+def test_frozen_input_trains_the_adapters(random):
+    group = mlp(random, (3, 3, 3), False)
+    lora_mlp(random(7, HIDDEN, requires_grad=False), *group).sum().backward()
+    assert all(t.grad is not None for p in group for t in (p.a, p.b))
+
+
+def test_dropout_reaches_the_low_rank_paths_alone(random):
+    x = random(7, HIDDEN, requires_grad=False)
+    plain = mlp(random, (0, 0, 0), False)
+    assert torch.equal(lora_mlp(x, *plain, dropout=0.5), lora_mlp(x, *plain))
+    adapted = mlp(random, (3, 3, 3), False)
+    assert not torch.equal(lora_mlp(x, *adapted, dropout=0.5), lora_mlp(x, *adapted))
+
+
+def test_what_does_not_fit_is_an_error():
+    gate, up = Projection(torch.zeros(8, 4)), Projection(torch.zeros(9, 4))
+    down = Projection(torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="gate has 8 outputs and up has 9"):
+        lora_mlp(torch.zeros(2, 4), gate, up, down)
+    with pytest.raises(ValueError, match="relu"):
+        lora_mlp(torch.zeros(2, 4), gate, gate, down, activation="relu")
