@@ -83,9 +83,9 @@ def _real_path(data: Any, loc: tuple[int | str, ...], kind: str) -> Path:
     for part in loc:
         inside = isinstance(data, dict) and part in data
         if not inside and not (isinstance(data, list) and isinstance(part, int)):
-            if kind == "missing":
+            if kind == "missing" and part == loc[-1]:
                 path.append(part)
-            break
+            continue
         path.append(part)
         data = data[part] if inside or part < len(data) else None  # type: ignore[operator]
     return tuple(path)

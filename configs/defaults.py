@@ -8,9 +8,9 @@ from typing import Any
 
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
+from regrow.configs.optimizers import LOW_RANK, PACKAGES
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.adapter import AdapterSection
-from regrow.configs.sections.training import BITSANDBYTES_OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,33 @@ def datasets_follow_the_recipe(recipe: Recipe, given: frozenset[str]) -> Iterato
         yield Set(key, tuple(entries))
 
 
+def keys_of_order_need_their_ground(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Set | Notice]:
+    """What has no effect beside another key."""
+    if recipe.shuffle_before_merging_datasets and recipe.shuffle_merged_datasets:
+        why = "`shuffle_merged_datasets` mixes all examples"
+        yield Notice("ignored", ("shuffle_before_merging_datasets",), why)
+        yield Set("shuffle_before_merging_datasets", False)
+    if recipe.group_by_length and (recipe.sample_packing or recipe.curriculum_sampling):
+        other = "sample_packing" if recipe.sample_packing else "curriculum_sampling"
+        why = "packed rows are of like length" if recipe.sample_packing else "the order is given"
+        yield Notice("ignored", ("group_by_length",), f"with `{other}` {why}")
+        yield Set("group_by_length", False)
+    if recipe.sample_packing_sequentially and not recipe.sample_packing:
+        yield Notice("ignored", ("sample_packing_sequentially",), "`sample_packing` is false")
+        yield Set("sample_packing_sequentially", False)
+    packs_freely = recipe.sample_packing and not recipe.sample_packing_sequentially
+    if recipe.curriculum_sampling and recipe.shuffle_merged_datasets:
+        why = "the prepared rows are mixed, once; to keep the sources' order set"
+        yield Notice("note", ("curriculum_sampling",), f"{why} `shuffle_merged_datasets: false`")
+    elif recipe.curriculum_sampling and packs_freely:
+        why = "rows are in the order of their first examples; for that of all examples set"
+        yield Notice("note", ("curriculum_sampling",), f"{why} `sample_packing_sequentially: true`")
+    if recipe.dataset_shard_num and recipe.dataset_shard_idx is None:
+        yield Set("dataset_shard_idx", 0)
+
+
 def sequence_len_is_axolotls(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """512 tokens are few; nobody should find out from dropped examples."""
     if "sequence_len" not in given:
@@ -117,7 +144,8 @@ def a_lowest_rate_is_transformers_scheduler(
     recipe: Recipe, given: frozenset[str]
 ) -> Iterator[Set | Notice]:
     """The same curve under Transformers' name: (1 - r) * cosine + r."""
-    if recipe.lr_scheduler == "cosine" and recipe.cosine_min_lr_ratio:
+    own = recipe.lr_quadratic_warmup or recipe.cosine_constant_lr_ratio  # a curve of Regrow's
+    if recipe.lr_scheduler == "cosine" and recipe.cosine_min_lr_ratio and not own:
         why = f"cosine_min_lr_ratio is {recipe.cosine_min_lr_ratio}"
         yield Set("lr_scheduler", "cosine_with_min_lr", why)
         kwargs = {**recipe.lr_scheduler_kwargs, "min_lr_rate": recipe.cosine_min_lr_ratio}
@@ -154,9 +182,41 @@ def adapter_keys_need_an_adapter(recipe: Recipe, given: frozenset[str]) -> Itera
             yield Notice("ignored", (key,), "`adapter` is not set, so all weights are trained")
 
 
+def qlora_means_four_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """`adapter: qlora` and `adapter: lora` with `load_in_4bit` are one thing."""
+    if recipe.adapter == "qlora" and not (recipe.load_in_4bit or recipe.load_in_8bit):
+        yield Set("load_in_4bit", True, "`adapter: qlora` trains on a base in 4 bits")
+    elif recipe.adapter == "lora" and recipe.load_in_4bit:
+        yield Set("adapter", "qlora", "`load_in_4bit: true` says so")
+
+
+def loftq_is_an_initialisation(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """`peft: {loftq_config: ...}` is how Axolotl asks for it."""
+    if recipe.uses_adapter and recipe.peft.loftq_config and recipe.peft_init_lora_weights is True:
+        yield Set("peft_init_lora_weights", "loftq", "`peft.loftq_config` is given")
+
+
+def stopping_early_keeps_the_best(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """The last model of a run that stopped is by definition not its best."""
+    if recipe.early_stopping_patience and not recipe.load_best_model_at_end:
+        yield Set("load_best_model_at_end", True, "`early_stopping_patience` is given")
+
+
+def low_rank_optimizers_have_targets(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Set | Notice]:
+    """Axolotl's choice."""
+    if recipe.optimizer in LOW_RANK and not recipe.optim_target_modules:
+        yield Set("optim_target_modules", ("attn", "mlp"), f"{recipe.optimizer} needs targets")
+    elif recipe.optimizer not in LOW_RANK and recipe.optim_target_modules:
+        why = f"`optimizer: {recipe.optimizer}` does not use it"
+        yield Notice("ignored", ("optim_target_modules",), why)
+
+
 def adam_keys_need_adam(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """Adam's betas and epsilon do nothing with other optimizers."""
-    if "adam" in recipe.optimizer or "ademamix" in recipe.optimizer:
+    others = ("adam", "ademamix", "came", "lion", "muon", "radam")
+    if any(name in recipe.optimizer for name in others):
         return
     for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if key in given and getattr(recipe, key) != Recipe.model_fields[key].default:
@@ -173,12 +233,27 @@ def class_names_have_no_effect(recipe: Recipe, given: frozenset[str]) -> Iterato
 
 def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """What runs, but may surprise."""
+    if recipe.untrained_method is not None:
+        key = recipe.untrained_method.partition(":")[0]
+        why = "its data can be prepared (`regrow preprocess`); training with it is not here yet"
+        yield Notice("note", (key,), why)
     if recipe.trust_remote_code:
         why = "code that comes with the model will run on this machine"
         yield Notice("note", ("trust_remote_code",), why)
-    if recipe.optimizer in BITSANDBYTES_OPTIMIZERS:
-        why = f"{recipe.optimizer} needs bitsandbytes: install regrow[gpu] where training runs"
+    if recipe.optimizer in PACKAGES:
+        install, _ = PACKAGES[recipe.optimizer]
+        why = f"{recipe.optimizer} needs {install}: pip install {install} where training runs"
         yield Notice("note", ("optimizer",), why)
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        bits = 4 if recipe.load_in_4bit else 8
+        why = (
+            f"training on {bits} bits needs bitsandbytes: pip install bitsandbytes where it runs; "
+            "the adapter is merged into the unquantized base"
+        )
+        yield Notice("note", (f"load_in_{bits}bit",), why)
+    if recipe.optimizer.startswith("schedule_free") and recipe.lr_scheduler != "constant":
+        why = f"`optimizer: {recipe.optimizer}` is made for `lr_scheduler: constant`"
+        yield Notice("note", ("lr_scheduler",), why)
     if recipe.max_steps and "num_epochs" in given:
         yield Notice("ignored", ("num_epochs",), f"`max_steps: {recipe.max_steps}` decides")
     if recipe.hub_model_id and recipe.hub_strategy != "end":
@@ -192,12 +267,17 @@ _DEFAULTS: tuple[Default, ...] = (
     eval_batch_size_follows_micro_batch_size,
     validation_is_packed_as_training_is,
     datasets_follow_the_recipe,
+    keys_of_order_need_their_ground,
     sequence_len_is_axolotls,
     warmup_is_axolotls,
     a_lowest_rate_is_transformers_scheduler,
     saving_follows_its_keys,
     validating_follows_its_keys,
     adapter_keys_need_an_adapter,
+    qlora_means_four_bits,
+    loftq_is_an_initialisation,
+    stopping_early_keeps_the_best,
+    low_rank_optimizers_have_targets,
     adam_keys_need_adam,
     class_names_have_no_effect,
     things_to_know,

@@ -18,6 +18,7 @@ from regrow.configs.local_paths import find_local_paths
 from regrow.configs.overrides import Overrides, apply_overrides
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import rename
+from regrow.configs.sharding import read_sharding
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _finish(draft: Draft, overrides: Overrides, directory: Path | None, source: 
     rename(draft)
     if directory is not None:
         find_local_paths(draft, directory)
+    read_sharding(draft, directory)
     given = frozenset(draft.data)
     recipe = check_types(draft)
     if recipe is not None:

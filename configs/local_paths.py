@@ -18,7 +18,7 @@ def find_local_paths(draft: Draft, directory: Path) -> None:
     """Look for data files, templates and the model in `directory`, the recipe's, then in the
     current one. What is in neither stays as it is (a hub id or URL), unless it can only be local.
     """
-    for key in ("base_model", "base_model_config", "tokenizer_config"):
+    for key in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
         _resolve(draft, (key,), directory)
     _resolve_jinja(draft, ("chat_template_jinja",), directory)
     for path, entry in draft.entries():

@@ -13,12 +13,14 @@ from regrow.configs.sections.model import ModelSection
 from regrow.configs.sections.parallel import ParallelSection
 from regrow.configs.sections.publish import PublishSection
 from regrow.configs.sections.quantization import QuantizationSection
+from regrow.configs.sections.rl import RLSection
 from regrow.configs.sections.tracking import TrackingSection
 from regrow.configs.sections.training import TrainingSection
 
 SECTIONS = (
     ModelSection,
     DataSection,
+    RLSection,
     AdapterSection,
     TrainingSection,
     EvaluationSection,
@@ -39,6 +41,7 @@ class Recipe(
     EvaluationSection,
     TrainingSection,
     AdapterSection,
+    RLSection,
     DataSection,
     ModelSection,
 ):

@@ -11,7 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from regrow.configs.recipe import SECTIONS
+from regrow.configs.sections.answer_types import AnswerType
 from regrow.configs.sections.data import Dataset
+from regrow.configs.sections.dataset_types import PromptType
 from regrow.configs.sections.model import SpecialTokens
 from regrow.configs.sections.training import GradientCheckpointingKwargs
 from regrow.configs.vocabulary import DATASET_WORDS, WORDS, Ignored, Refused, Renamed, Word
@@ -31,6 +33,8 @@ This file is written by `python -m regrow.configs.reference > configs/REFERENCE.
 
 _NESTED = (
     ("Entries of `datasets` and `test_datasets`", Dataset),
+    ("`datasets[].type` as a map", PromptType),
+    ("`datasets[].type` as a map, beside `rl`", AnswerType),
     ("Entries of `special_tokens`", SpecialTokens),
     ("Entries of `gradient_checkpointing_kwargs`", GradientCheckpointingKwargs),
 )
@@ -65,8 +69,14 @@ def _table(title: str, section: type[BaseModel]) -> str:
 
 
 def _holds(section: type[BaseModel], model: type[BaseModel]) -> bool:
-    annotations = [field.annotation for field in section.model_fields.values()]
-    return any(model is a or model in get_args(a) for a in annotations)
+    return any(_mentions(field.annotation, model) for field in section.model_fields.values())
+
+
+def _mentions(annotation: Any, model: type[BaseModel]) -> bool:
+    """Whether `annotation`, or a section in it, holds `model`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation is model or _holds(annotation, model)
+    return any(_mentions(argument, model) for argument in get_args(annotation))
 
 
 def _type(annotation: Any) -> str:

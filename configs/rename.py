@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from regrow.configs.draft import Draft
-from regrow.configs.faults import Notice, Path
+from regrow.configs.faults import Notice, Path, dotted
+from regrow.configs.sections.dataset_types import (
+    DATASET_TYPES,
+    SUPERVISED_TYPES,
+    unread_columns,
+)
 from regrow.configs.sections.model import PACKED_ATTENTION
 from regrow.configs.vocabulary import (
     DATASET_WORDS,
@@ -40,12 +45,17 @@ _ATTENTIONS = (
 
 def rename(draft: Draft) -> None:
     """Rewrite the draft's data; null means "not given" everywhere."""
+    _method(draft)
+    for _, entry in draft.entries():
+        if "type" in entry and entry["type"] is None:
+            entry["type"] = "pretokenized"  # as Axolotl writes it
     _drop_nulls(draft.data)
     _refuse_pickle(draft)
     _precision(draft)
     _tokens_map(draft)
     _attention(draft)
     _plugins(draft)
+    _pretraining(draft)
     for key in [key for key in draft.data if key in WORDS]:
         _apply(draft, (key,), WORDS[key])
     for key, refused in REFUSED_VALUES.items():
@@ -174,6 +184,41 @@ def _is_attention(name: Any) -> bool:
     return name in _ATTENTIONS or name == PACKED_ATTENTION or "/" in name
 
 
+def _method(draft: Draft) -> None:
+    """Beside a method of its own, data without a `type` has the columns that the method reads."""
+    data = draft.data
+    if not (data.get("rl") or data.get("reward_model") or data.get("process_reward_model")):
+        return
+    steps = data.get("process_reward_model")
+    for _, entry in draft.entries():
+        if entry.get("type") is None:
+            entry["type"] = "stepwise_supervised" if steps else "passthrough"
+
+
+def _pretraining(draft: Draft) -> None:
+    """`pretraining_dataset` is `datasets` read as a stream; one text or map is a list of one."""
+    given = draft.data.get("pretraining_dataset")
+    if not given:
+        draft.data.pop("pretraining_dataset", None)
+        return
+    if draft.data.get("datasets"):
+        why = "`datasets` says already what to train on"
+        draft.fault(("pretraining_dataset",), why, "Use one of the two")
+    entries = given if isinstance(given, list) else [given]
+    entries = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("type", "pretrain") == "pretrain":
+            entry["type"] = "completion"
+    why = "it is `datasets` with `type: completion`, read as a stream"
+    draft.notices.append(Notice("renamed", ("pretraining_dataset",), why, "datasets"))
+    draft.move(("pretraining_dataset",), ("datasets",), entries)
+    for path in [path for path in draft.lines if path[0] == "pretraining_dataset"]:
+        new = ("datasets", *path[1:])
+        draft.lines.setdefault(new, draft.lines[path])
+        draft.written.setdefault(new, (path, draft.value(new)))
+    draft.data.setdefault("streaming", True)
+
+
 def _plugins(draft: Draft) -> None:
     plugins = draft.data.pop("plugins", None)
     if plugins is None:
@@ -191,27 +236,74 @@ def _plugins(draft: Draft) -> None:
 
 
 def _dataset(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    _type(draft, path, entry)
+    _columns(draft, entry)
     for key in [key for key in entry if key in DATASET_WORDS]:
         _apply(draft, (*path, key), DATASET_WORDS[key])
     _thinking(draft, path, entry)
     _message_fields(draft, path, entry)
     _chat_template(draft, path)
+
+
+def _type(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    """One name for each format."""
     kind = entry.get("type")
+    if not isinstance(kind, str):
+        return
+    # `load` is the name of the function that Axolotl calls when none is named.
+    short = kind.removesuffix(".load")
+    entry["type"] = short if short in DATASET_TYPES or short in _SHAREGPT else kind
     if kind == "chat_template.default":
         entry["type"] = "chat_template"
-    elif isinstance(kind, str) and kind.startswith("sharegpt"):
-        draft.fault((*path, "type"), "sharegpt was removed", _SHAREGPT)
-        entry["type"] = "chat_template"
-    elif isinstance(kind, dict):
-        why = "prompts written in the recipe are not here yet"
-        draft.fault((*path, "type"), why, "Use `type: alpaca` with field_instruction and so on")
-        entry["type"] = "alpaca"
+    elif kind == "pretrain":
+        draft.set((*path, "type"), "completion", "it is plain text, whole and without repetitions")
+    elif short in _SHAREGPT:
+        _sharegpt(draft, path, entry)
 
 
-_SHAREGPT = (
-    "Use `type: chat_template` with `field_messages: conversations` and "
-    "`message_property_mappings: {role: from, content: value}`"
-)
+def _columns(draft: Draft, entry: dict[str, Any]) -> None:
+    """Keys that name columns which the type does not have."""
+    kind = entry.get("type")
+    if not isinstance(kind, str) or kind not in SUPERVISED_TYPES:
+        return
+    for key in unread_columns(kind):
+        if entry.pop(key, None) is not None:
+            draft.ignore(key, f"`type: {kind}` has no column for it")
+
+
+# {type: (column, properties of a message)}, as Axolotl read them before it removed them (its commit
+# f4226aab, October 2024). Without properties `chat_template` finds out which of the usual two.
+_SHAREGPT: dict[str, tuple[str, dict[str, str]]] = {
+    "sharegpt": ("conversations", {}),
+    "sharegpt:chat": ("conversations", {}),
+    "sharegpt.load_role": ("conversations", {"role": "role", "content": "value"}),
+    "sharegpt.load_guanaco": ("conversations", {"role": "role", "content": "text"}),
+    "sharegpt.load_ultrachat": ("messages", {"role": "role", "content": "content"}),
+}
+_CONVERSATIONS = {"vicuna_v1.1": "vicuna", "llama-3": "llama3", "phi-3": "phi_3"}
+
+
+def _sharegpt(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
+    """The removed type, with the keys that were its own, in the words of `chat_template`."""
+    column, properties = _SHAREGPT[entry["type"]]
+    guanaco = {"user": ["prompter"]} if entry["type"].endswith("guanaco") else {}
+    names = {"user": entry.pop("field_human", None), "assistant": entry.pop("field_model", None)}
+    roles = guanaco | {target: [name] for target, name in names.items() if name}
+    entry["type"] = "chat_template"
+    entry.setdefault("field_messages", column)
+    if properties:
+        entry.setdefault("message_property_mappings", dict(properties))
+    if roles:
+        entry.setdefault("roles", roles)
+    style = entry.get("conversation")
+    if isinstance(style, str) and "chat_template" not in entry:
+        name = _CONVERSATIONS.get(style, style)
+        draft.move((*path, "conversation"), (*path, "chat_template"), name)
+    elif style is not None:
+        del entry["conversation"]
+        draft.ignore("conversation", "`chat_template` says how messages are rendered")
+    why = "Axolotl has removed sharegpt, which is messages with other names"
+    draft.notices.append(Notice("renamed", (dotted((*path, "type")),), why, "chat_template"))
 
 
 def _message_fields(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
@@ -240,18 +332,17 @@ def _message_fields(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
 
 
 def _thinking(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    """Axolotl's two keys for reasoning say what one entry of `message_property_mappings` says."""
+    """Axolotl's `field_thinking` says what one entry of `message_property_mappings` says."""
     names = [entry.get(key, _THINKING) for key in ("template_thinking_key", "field_thinking")]
     given = [key for key in ("template_thinking_key", "field_thinking") if key in entry]
     if not given or not all(isinstance(name, str) for name in names):
         return
-    mappings = entry.setdefault("message_property_mappings", {})
+    mappings = entry.setdefault("message_property_mappings", {}) if names[0] != names[1] else None
     if isinstance(mappings, dict):
         mappings.setdefault(names[0], names[1])
         why = "that is its place here"
         draft.notices.append(Notice("renamed", tuple(given), why, "message_property_mappings"))
-    for key in given:
-        del entry[key]
+    entry.pop("field_thinking", None)
 
 
 _THINKING = "reasoning_content"  # Axolotl's default for both

@@ -48,8 +48,14 @@ def explains(command: Callable[_P, int]) -> Callable[_P, int]:
     return run
 
 
-def open_plan(recipe: str, overrides: Sequence[str]) -> tuple[Loaded, Workplace, Plan]:
-    """The recipe, its places and its plan, with what the recipe's reader has to say printed."""
+def open_plan(
+    recipe: str, overrides: Sequence[str], last: str = ""
+) -> tuple[Loaded, Workplace, Plan]:
+    """The recipe, its places and its plan, with what the recipe's reader has to say printed.
+
+    Args:
+        last: the stage after which the command stops, if not the plan's last.
+    """
     quiet_environment()
     loaded = load_recipe(recipe, overrides, environment=environment())
     for notice in loaded.notices:
@@ -57,6 +63,7 @@ def open_plan(recipe: str, overrides: Sequence[str]) -> tuple[Loaded, Workplace,
     workplace = Workplace(load_settings(), loaded.recipe.store)
     workplace.artifacts.store.check_writable()
     plan = make_plan(loaded.recipe, loaded.name, workplace.memo)
+    plan.upto(last or plan.publish.title)
     target = plan.publish.placement.target
     if target is not None:
         try:
@@ -71,9 +78,7 @@ def run_recipe(
     recipe: str, overrides: Sequence[str], last: str = "", show: int | None = None
 ) -> int:
     """Run the pipeline, up to the stage `last` if given, and print the table of its stages."""
-    loaded, workplace, plan = open_plan(recipe, overrides)
-    if last:
-        plan.upto(last)
+    loaded, workplace, _ = open_plan(recipe, overrides, last)
     _open_prefect(workplace)
     from regrow.flows.finetune import finetune, stages_upto
 

@@ -18,6 +18,7 @@ def finetune(recipe: Recipe, name: str = "finetune") -> Any:
     """From raw data to a published model."""
     with FlowRun(recipe, name) as build:
         stages = build.plan
+        stages.require_trainer()
         build(stages.prepare)  #  sources -> tokenized, masked, packed rows
         build(stages.train)  #    rows + base model -> adapter or weights
         if stages.merge:

@@ -91,6 +91,11 @@ def _own_digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(_dump(data).encode()).hexdigest()
 
 
+def new_attempt() -> str:
+    """A name for one builder's attempt that no other builder has."""
+    return f"attempt-{uuid.uuid4().hex[:12]}"
+
+
 class ArtifactDamaged(RuntimeError):  # noqa: N818 (the name says what is the matter)
     """An artifact's bytes differ from its record."""
 
@@ -216,7 +221,25 @@ class ArtifactStore:
         On a local store the files are hard-linked: do not change `local_dir` afterwards. When
         another builder was first, its record is returned and ours leaves no trace.
         """
-        attempt = f"attempt-{uuid.uuid4().hex[:12]}"
+        attempt = new_attempt()
+        files = self.upload(key, attempt, local_dir)
+        return self.seal(
+            key,
+            attempt,
+            files,
+            stage=stage,
+            spec=spec,
+            inputs=inputs,
+            result=result,
+            provenance=provenance,
+        )
+
+    def upload(self, key: str, attempt: str, local_dir: Path) -> dict[str, FileEntry]:
+        """Store the files of a directory as a part of an attempt; invisible until `seal`.
+
+        Several machines can each upload their part of one attempt. On a local store the files are
+        hard-linked: do not change `local_dir` afterwards.
+        """
         paths = {
             path.relative_to(local_dir).as_posix(): path
             for path in sorted(local_dir.rglob("*"))
@@ -226,13 +249,28 @@ class ArtifactStore:
         self.store.put_files(
             [(path, f"{key}/{attempt}/{name}") for name, path in paths.items()], link=True
         )
+        return files
+
+    def seal(
+        self,
+        key: str,
+        attempt: str,
+        files: Mapping[str, FileEntry],
+        *,
+        stage: str,
+        spec: Any,
+        inputs: Mapping[str, str],
+        result: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Make what was uploaded a complete artifact; see `publish`."""
         record = Record(
             key=key,
             stage=stage,
             spec=spec,
             inputs=dict(inputs),
             attempt=attempt,
-            files=files,
+            files=dict(files),
             result=dict(result),
             provenance=dict(provenance or {}),
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,19 +27,29 @@ from regrow.infra.settings import child_environment
 
 _GRACE_SECONDS = 40  # the agent needs 30 s for workers that ignore SIGTERM (measured: 31 s)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# How torchrun words the end of a rank that a signal ended.
+_SIGNALLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
 
 class WorkerFailed(RuntimeError):  # noqa: N818 (the name says what is the matter)
     """A worker process ended with an error.
 
     `message` is the exception of the first rank that failed, `trace` its traceback, `log_path`
-    the file with all output.
+    the file with all output, `signal` the name of the signal that ended it, if one did.
     """
 
-    def __init__(self, message: str, rank: int | None, trace: str, log_path: Path) -> None:
+    def __init__(
+        self, message: str, rank: int | None, trace: str, log_path: Path, signal: str | None = None
+    ) -> None:
         who = "the worker" if rank is None else f"rank {rank} of the worker"
         super().__init__(f"{who} failed: {message}\nIts output, with the traceback: {log_path}")
         self.message, self.rank, self.trace, self.log_path = message, rank, trace, log_path
+        self.signal = signal
+
+
+def world_size() -> int:
+    """How many ranks the launcher of this process started; 1 without one."""
+    return int(child_environment().get("WORLD_SIZE") or 1)
 
 
 def die_with_parent(death_signal: int = signal.SIGTERM) -> None:
@@ -87,12 +98,12 @@ def run_workers(
         try:
             assert agent.stdout is not None
             with log_path.open("a") as log:
-                _stream(agent.stdout, on_line, log)
+                signalled = _stream(agent.stdout, on_line, log)
             code = agent.wait()
         finally:
             stop_tree(agent)
         if code != 0:
-            raise _failure(code, error_file, log_path)
+            raise _failure(code, error_file, log_path, signalled)
 
 
 def _threads(num_processes: int) -> str:
@@ -102,11 +113,16 @@ def _threads(num_processes: int) -> str:
     return child_environment().get("OMP_NUM_THREADS") or str(max(1, cores // num_processes))
 
 
-def _stream(output: IO[str], on_line: Callable[[str], None], log: IO[str]) -> None:
+def _stream(output: IO[str], on_line: Callable[[str], None], log: IO[str]) -> str | None:
+    """Pass lines on until the end; the signal that ended a rank, if torchrun names one."""
+    signalled = None
     for line in output:
         log.write(line)
         log.flush()
         on_line(line.rstrip("\n"))
+        found = _SIGNALLED.search(line)
+        signalled = found[1] if found else signalled
+    return signalled
 
 
 def stop_tree(process: subprocess.Popen[str], grace_seconds: float = _GRACE_SECONDS) -> None:
@@ -131,15 +147,20 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _failure(code: int, error_file: Path, log_path: Path) -> WorkerFailed:
+def _failure(code: int, error_file: Path, log_path: Path, signalled: str | None) -> WorkerFailed:
     """The failing rank's exception, as torchrun's error file gives it (or the exit code)."""
     if error_file.exists():
         content = json.loads(error_file.read_text())["message"]
         if isinstance(content, str):
-            return WorkerFailed(content, None, content, log_path)
+            return WorkerFailed(content, None, content, log_path, signalled)
         extra = content.get("extraInfo", {})
         return WorkerFailed(
-            content["message"], extra.get("rank"), extra.get("py_callstack", ""), log_path
+            content["message"],
+            extra.get("rank"),
+            extra.get("py_callstack", ""),
+            log_path,
+            signalled,
         )
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return WorkerFailed(f"it ended with {name}", None, "", log_path)
+    signalled = signalled or (name if code < 0 else None)
+    return WorkerFailed(f"it ended with {signalled or name}", None, "", log_path, signalled)

@@ -87,6 +87,13 @@ def open_raw(url: str) -> IO[bytes]:
     return fs.open(path, "rb")
 
 
+def open_ranges(url: str) -> IO[bytes]:
+    """Open a file on any file system for reading ranges of it: just those, nothing ahead."""
+    fs, path = _file_system(url)
+    # Readers that know what they want ask for all of it; by default fsspec fetches 5 MB each time.
+    return fs.open(path, "rb", cache_type="none")
+
+
 def identity(url: str) -> tuple[int, str]:
     """(size in bytes, a mark that changes when the content does: mtime and inode, or etag)."""
     fs, path = _file_system(url)
@@ -94,8 +101,9 @@ def identity(url: str) -> tuple[int, str]:
         stat = os.stat(path)
         return stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}"
     info = fs.info(path)
-    mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified")
-    return int(info["size"]), str(mark or info.get("mtime") or "")
+    names = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime")
+    mark = next((info[name] for name in names if info.get(name)), "")
+    return int(info.get("size") or -1), str(mark)
 
 
 class Store:

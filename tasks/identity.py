@@ -76,5 +76,19 @@ def weights_digest(place: str, memo: DigestMemo) -> str:
     return _digest_of(files, memo)
 
 
+def adapter_digest(place: str, memo: DigestMemo) -> str:
+    """Identity of the adapter at a place. Raises StageError when there is none."""
+    if hub.is_hub_place(place):
+        return place
+    files = [Path(place) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise StageError(
+            f"lora_model_dir: {place} holds no {' and no '.join(missing)}; give the directory of an "
+            "adapter as PEFT stores it"
+        )
+    return _digest_of(files, memo)
+
+
 def _digest_of(files: list[Path], memo: DigestMemo) -> str:
     return fingerprint({path.name: memo.sha256(path) for path in files})

@@ -40,6 +40,8 @@ class Plan:
     publish: Stage
     register_as: str | None = None
     """Name in MLflow's model registry, if the model goes there."""
+    untrained_method: str | None = None
+    """The recipe's line that asks for a method whose data can be prepared and no more."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -63,7 +65,17 @@ class Plan:
             raise StageError(
                 f"this recipe has no stage {title!r}; its stages are {', '.join(titles)}"
             )
+        if title != self.prepare.title:
+            self.require_trainer()
         return iter(self.stages[: titles.index(title) + 1])
+
+    def require_trainer(self) -> None:
+        """Raises StageError when the method has no trainer, so that nothing is begun in vain."""
+        if self.untrained_method is not None:
+            raise StageError(
+                f"{self.untrained_method}: its data can be prepared (`regrow preprocess`), but "
+                "training with it is not here yet. Remove it to train on answers to imitate"
+            )
 
     def publishes(self, outcomes: Sequence[Outcome]) -> bool:
         """Whether these outcomes reach the end of the plan."""
@@ -87,13 +99,14 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
         tokenizer = identity.locate(recipe.tokenizer_config, None, "tokenizer_config")
     weights = identity.weights_digest(model, memo)
     prepared = _prepare_stage(recipe, tokenizer, memo)
+    start, start_digest = _start_adapter(recipe, memo)
     trained = Stage(
         name="train",
         version=train.VERSION,
-        spec=train.TrainSpec.from_recipe(recipe, weights),
+        spec=train.TrainSpec.from_recipe(recipe, weights, start_digest),
         runner="regrow.tasks.train.run:run",
         inputs={"prepare": prepared},
-        placement=train.TrainPlacement.from_recipe(recipe, model, _local_gpus()),
+        placement=train.TrainPlacement.from_recipe(recipe, model, _local_gpus(), start),
     )
     merged = _merge_stage(recipe, model, weights, prepared, trained)
     baseline = _evaluate_stage(recipe, model, weights, {"prepare": prepared})
@@ -112,14 +125,21 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
         inputs=inputs,
         placement=publish.PublishPlacement.from_recipe(recipe, model),
     )
-    return Plan(
-        name, prepared, trained, merged, baseline, scores, published, recipe.register_as or None
-    )
+    stages = (prepared, trained, merged, baseline, scores, published)
+    return Plan(name, *stages, recipe.register_as or None, recipe.untrained_method)
+
+
+def _start_adapter(recipe: Recipe, memo: DigestMemo) -> tuple[str | None, str | None]:
+    """(place, digest) of the adapter that training goes on from."""
+    if not (recipe.lora_model_dir and recipe.uses_adapter):
+        return None, None
+    place = identity.locate(recipe.lora_model_dir, None, "lora_model_dir")
+    return place, identity.adapter_digest(place, memo)
 
 
 def _prepare_stage(recipe: Recipe, tokenizer: str, memo: DigestMemo) -> Stage:
     files = {
-        "dataset_files": _files(recipe.datasets, "datasets", memo),
+        "dataset_files": _files(recipe.datasets, "datasets", memo, recipe.streaming),
         "test_dataset_files": _files(recipe.test_datasets, "test_datasets", memo),
     }
     digest = identity.tokenizer_digest(tokenizer, memo)
@@ -132,27 +152,14 @@ def _prepare_stage(recipe: Recipe, tokenizer: str, memo: DigestMemo) -> Stage:
     )
 
 
-def _files(datasets: Sequence[Any], key: str, memo: DigestMemo) -> list[dict[str, str]]:
-    """For each dataset {place: sha256}, in the order in which its files are read."""
-    found = []
-    for i, dataset in enumerate(datasets):
-        places = sources.resolve(
-            dataset.path,
-            dataset.data_files,
-            dataset.ds_type,
-            split=dataset.split,
-            name=dataset.name,
-            revision=dataset.revision,
-            key=f"{key}.{i}",
-        )
-        try:
-            found.append({place: memo.sha256(place) for place in places})
-        except OSError as error:
-            raise StageError(
-                f"{key}.{i}.path: {dataset.path} cannot be read ({error}). Check the path, the "
-                "permissions and the network"
-            ) from error
-    return found
+def _files(
+    datasets: Sequence[Any], key: str, memo: DigestMemo, streaming: bool = False
+) -> list[list[dict[str, str]]]:
+    """For each dataset, and each part of its split, {place: digest} in the order of reading."""
+    return [
+        sources.identified(dataset, f"{key}.{i}", memo, streaming)
+        for i, dataset in enumerate(datasets)
+    ]
 
 
 def _merge_stage(

@@ -9,16 +9,25 @@ from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
 
 
-@rule("adapter", "lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear")
+@rule(
+    "adapter",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_linear",
+    "lora_target_parameters",
+    "lora_model_dir",
+)
 def lora_is_complete(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """An adapter has a rank, a scale and targets."""
-    if not recipe.uses_adapter:
+    """An adapter has a rank, a scale and targets; one that is gone on with has them already."""
+    if not recipe.uses_adapter or recipe.lora_model_dir:
         return
     if recipe.lora_r is None:
         yield ("lora_r",), "`adapter` needs a rank", "Add `lora_r: 16`"
     if recipe.lora_alpha is None:
         yield ("lora_alpha",), "`adapter` needs a scale", "Add `lora_alpha: 32`"
-    if not (recipe.lora_target_modules or recipe.lora_target_linear):
+    targets = recipe.lora_target_modules or recipe.lora_target_parameters
+    if not (targets or recipe.lora_target_linear):
         why = "`adapter` needs layers to adapt"
         yield ("lora_target_linear",), why, "Add `lora_target_linear: true`"
 
@@ -58,25 +67,114 @@ def a_pattern_excludes_all_linear_layers(recipe: Recipe, given: frozenset[str]) 
         yield ("lora_target_modules",), why, "Keep one of the two"
 
 
+_INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+
+
 @rule("peft_init_lora_weights")
-def adapters_leave_the_base_alone(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Initialisations that change the base weights, or need data, would make an adapter that does
-    not fit the base model it names."""
+def first_values_are_known(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """CorDA, LoRA-GA, MiCA and the like need preparations of their own that are not here."""
     kind = recipe.peft_init_lora_weights
-    if not isinstance(kind, bool) and kind not in ("gaussian", "orthogonal"):
-        why = "it changes the base weights, needs data, or is unknown"
-        yield ("peft_init_lora_weights",), why, "Use true, gaussian or orthogonal"
+    if isinstance(kind, bool) or kind in _INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", kind):
+        return
+    remedy = f"Use true, {', '.join(_INITS)} or pissa_niter_16"
+    yield ("peft_init_lora_weights",), "not here", remedy
 
 
-@rule("adapter", "load_in_4bit", "load_in_8bit")
-def quantized_bases_are_not_here_yet(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """qlora, load_in_4bit and load_in_8bit need a quantized base model."""
-    why = "a quantized base model is not here yet"
-    if recipe.adapter == "qlora":
-        yield ("adapter",), why, "Use `adapter: lora`, which needs more memory"
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if getattr(recipe, key):
-            yield (key,), why, "Set it to false: the base model is then held in bf16"
+@rule(
+    "peft_init_lora_weights",
+    "load_in_4bit",
+    "load_in_8bit",
+    "adapter",
+    "peft_use_dora",
+    "lora_model_dir",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+    "peft_use_rslora",
+    "lora_modules_to_save",
+    "peft_trainable_token_indices",
+)
+def first_values_fit_the_base(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Values taken from the base change it; the adapter is made to fit the original afterwards."""
+    kind, key = str(recipe.peft_init_lora_weights), ("peft_init_lora_weights",)
+    if not recipe.uses_adapter or not kind.startswith(("pissa", "olora", "loftq")):
+        if recipe.lora_model_dir and kind != "True":
+            yield key, "`lora_model_dir` gives the first values", "Remove it"
+        return
+    if recipe.load_in_8bit or recipe.load_in_4bit:
+        yield key, "it needs a base that is not quantized", "Use `adapter: lora` on `bf16`"
+    if recipe.peft_use_dora:
+        yield key, "DoRA's magnitudes could not be made to fit the original base", "Use one of both"
+    if recipe.peft_use_rslora and (recipe.lora_rank_pattern or recipe.lora_alpha_pattern):
+        why = "with peft_use_rslora and patterns PEFT cannot make the adapter fit the original base"
+        yield key, why, "Remove the patterns"
+    if recipe.lora_modules_to_save or recipe.peft_trainable_token_indices:
+        yield key, "what is trained in full beside it would be lost", "Use true"
+    if recipe.lora_model_dir:
+        yield key, "`lora_model_dir` gives the first values", "Use one of the two"
+
+
+@rule("adapter", "load_in_8bit", "load_in_4bit")
+def qlora_is_four_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """QLoRA's base has 4 bits."""
+    if recipe.adapter == "qlora" and recipe.load_in_8bit and not recipe.load_in_4bit:
+        yield ("load_in_8bit",), "`adapter: qlora` means 4 bits", "Use `adapter: lora`"
+
+
+@rule("bnb_config_kwargs", "load_in_4bit", "load_in_8bit")
+def quantization_has_its_arguments(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """What Transformers' BitsAndBytesConfig takes."""
+    for name in recipe.bnb_config_kwargs:
+        if not name.startswith(("bnb_4bit_", "llm_int8_")):
+            yield ("bnb_config_kwargs", name), "no such argument", "It starts with bnb_4bit_"
+
+
+@rule("model_quantization_config", "model_quantization_config_kwargs", "load_in_4bit")
+def stored_quantized_means_dequantized(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Only dequantized weights can be trained on a CPU and merged into."""
+    if not recipe.model_quantization_config:
+        return
+    key = ("model_quantization_config",)
+    if recipe.model_quantization_config_kwargs.get("dequantize") is not True:
+        why = "such weights are trained and merged dequantized"
+        yield key, why, "Add `model_quantization_config_kwargs: {dequantize: true}`"
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        yield key, "the base would be quantized in two ways", "Use one of the two"
+
+
+@rule("lora_target_parameters", "lora_dropout", "peft_use_dora")
+def parameters_have_plain_adapters(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """PEFT adapts bare parameters without dropout and without DoRA."""
+    if recipe.lora_target_parameters and recipe.lora_dropout:
+        yield ("lora_dropout",), "`lora_target_parameters` work without dropout", "Use 0"
+    if recipe.lora_target_parameters and recipe.peft_use_dora:
+        yield ("peft_use_dora",), "`lora_target_parameters` work without DoRA", "Use false"
+
+
+@rule("peft_layers_pattern", "peft_layers_to_transform")
+def layers_are_counted_in_a_list(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """peft_layers_pattern is about peft_layers_to_transform."""
+    if recipe.peft_layers_pattern and recipe.peft_layers_to_transform is None:
+        why = "`peft_layers_to_transform` is missing"
+        yield ("peft_layers_pattern",), why, "Add it or remove this"
+
+
+@rule("unfrozen_parameters", "adapter")
+def an_adapter_has_its_own_choice(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Beside an adapter, lora_modules_to_save says what is trained in full."""
+    if recipe.uses_adapter and recipe.unfrozen_parameters:
+        why = "with `adapter` the base is frozen"
+        yield ("unfrozen_parameters",), why, "Use `lora_modules_to_save`"
+
+
+@rule("unfrozen_parameters")
+def unfrozen_patterns_are_valid(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Each is a regular expression, with rows behind it or without."""
+    for pattern in recipe.unfrozen_parameters:
+        try:
+            re.compile(re.sub(r"\[\d+:\d+\]$", "", pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            why = f"{pattern!r} is not a regular expression: {error}"
+            yield ("unfrozen_parameters",), why, "Name parameters, such as ^lm_head"
 
 
 @rule("adapter", "load_in_4bit", "load_in_8bit")
@@ -89,39 +187,19 @@ def quantized_weights_are_not_trained(recipe: Recipe, given: frozenset[str]) -> 
         yield ("load_in_8bit",), "`load_in_4bit` says otherwise", "Use one of the two"
 
 
-@rule("lora_model_dir")
-def adapters_start_anew(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Going on from an adapter is not here yet."""
-    if recipe.lora_model_dir:
-        why = "going on from an adapter is not here yet"
-        yield ("lora_model_dir",), why, "Merge it first and use the result as `base_model`"
-
-
-@rule("deepspeed", "fsdp", "fsdp_config", "fsdp_version")
-def sharding_is_not_here_yet(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """DeepSpeed and FSDP are refused rather than ignored: without them the model may not fit."""
-    for key, name in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP"), ("fsdp_config", "FSDP")):
-        if getattr(recipe, key):
-            why = f"{name} is not here yet"
-            yield (key,), why, "Remove it: each device then holds the whole model"
-
-
-@rule("deepspeed", "fsdp", "fsdp_config")
-def one_way_of_sharding(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """DeepSpeed and FSDP exclude each other."""
-    if recipe.deepspeed and (recipe.fsdp or recipe.fsdp_config):
-        yield ("deepspeed",), "FSDP is asked for as well", "Use one of the two"
-
-
 RULES = (
     lora_is_complete,
     target_patterns_are_valid,
     one_pattern_stands_alone,
     a_pattern_excludes_all_linear_layers,
-    adapters_leave_the_base_alone,
-    quantized_bases_are_not_here_yet,
+    first_values_are_known,
+    first_values_fit_the_base,
+    qlora_is_four_bits,
+    quantization_has_its_arguments,
+    stored_quantized_means_dequantized,
+    parameters_have_plain_adapters,
+    layers_are_counted_in_a_list,
+    an_adapter_has_its_own_choice,
+    unfrozen_patterns_are_valid,
     quantized_weights_are_not_trained,
-    adapters_start_anew,
-    sharding_is_not_here_yet,
-    one_way_of_sharding,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regrow.configs.rules import adapter, batch, data, model, schedule
+from regrow.configs.rules import adapter, batch, data, model, parallel, schedule
 from regrow.configs.rules.rule import Rule
 
 ALL_RULES: tuple[Rule, ...] = (
@@ -11,4 +11,5 @@ ALL_RULES: tuple[Rule, ...] = (
     *schedule.RULES,
     *adapter.RULES,
     *model.RULES,
+    *parallel.RULES,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from regrow.configs.optimizers import LOW_RANK
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
 
@@ -88,8 +89,8 @@ def steps_are_whole_or_a_share(recipe: Recipe, given: frozenset[str]) -> Iterato
 
 @rule("lr_scheduler", "cosine_min_lr_ratio")
 def a_lowest_rate_needs_a_cosine(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """cosine_min_lr_ratio is about the cosine schedule."""
-    cosines = ("cosine", "cosine_with_min_lr")
+    """cosine_min_lr_ratio is about the cosine schedule, and the lowest rate of rex."""
+    cosines = ("cosine", "cosine_with_min_lr", "rex")
     if recipe.cosine_min_lr_ratio is not None and recipe.lr_scheduler not in cosines:
         why = f"it has no meaning with `lr_scheduler: {recipe.lr_scheduler}`"
         yield ("cosine_min_lr_ratio",), why, "Remove it or use `lr_scheduler: cosine`"
@@ -107,12 +108,92 @@ def schedulers_have_their_arguments(recipe: Recipe, given: frozenset[str]) -> It
         yield ("lr_scheduler",), why, "Add `lr_scheduler_kwargs: {num_decay_steps: 100}`"
 
 
-@rule("lr_scheduler")
-def the_schedule_can_be_repeated(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """reduce_lr_on_plateau makes the weights depend on when validation runs, which is placement."""
-    if recipe.lr_scheduler == "reduce_lr_on_plateau":
-        why = "it makes the weights depend on when validation runs, so no result could be repeated"
-        yield ("lr_scheduler",), why, "Use `lr_scheduler: cosine`"
+_NEED_VALIDATION = (
+    "early_stopping_patience",
+    "load_best_model_at_end",
+    "save_strategy",
+    "lr_scheduler",
+)
+
+
+@rule(*_NEED_VALIDATION, "val_set_size", "test_datasets", "eval_strategy")
+def what_follows_validation_has_it(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A best model, an early stop and a plateau are seen in validations."""
+    if recipe.validates and recipe.eval_strategy != "no":
+        return
+    plateau, best = recipe.lr_scheduler == "reduce_lr_on_plateau", recipe.save_strategy == "best"
+    asked = (recipe.early_stopping_patience, recipe.load_best_model_at_end, best, plateau)
+    for key, wanted in zip(_NEED_VALIDATION, asked, strict=True):
+        if wanted and not (key == "load_best_model_at_end" and key not in given):
+            yield (key,), "there is no validation", "Add `val_set_size: 0.05`"
+
+
+@rule("lr_scheduler", "cosine_constant_lr_ratio", "cosine_min_lr_ratio")
+def a_constant_end_has_a_rate(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """cosine_constant_lr_ratio says when the lowest rate is reached, cosine_min_lr_ratio which."""
+    if not recipe.cosine_constant_lr_ratio:
+        return
+    if recipe.lr_scheduler != "cosine":
+        why = f"it has no meaning with `lr_scheduler: {recipe.lr_scheduler}`"
+        yield ("cosine_constant_lr_ratio",), why, "Use `lr_scheduler: cosine`"
+    elif not recipe.cosine_min_lr_ratio:
+        remedy = "Add `cosine_min_lr_ratio: 0.1`"
+        yield ("cosine_constant_lr_ratio",), "it needs a lowest rate", remedy
+
+
+@rule("lr_scheduler", "lr_quadratic_warmup", "lr_div_factor")
+def curves_have_their_own_keys(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """lr_quadratic_warmup is about the cosine schedule, lr_div_factor about one_cycle."""
+    for key, scheduler in (("lr_quadratic_warmup", "cosine"), ("lr_div_factor", "one_cycle")):
+        if getattr(recipe, key) and recipe.lr_scheduler != scheduler:
+            why = f"it has no meaning with `lr_scheduler: {recipe.lr_scheduler}`"
+            yield (key,), why, f"Remove it or use `lr_scheduler: {scheduler}`"
+
+
+@rule(
+    "jagged_restart_steps",
+    "jagged_restart_warmup_steps",
+    "jagged_restart_anneal_steps",
+    "lr_scheduler",
+)
+def restarts_are_complete(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Restarts come every so many steps, and hold their warm-up and annealing."""
+    warmup, anneal = recipe.jagged_restart_warmup_steps, recipe.jagged_restart_anneal_steps
+    every = recipe.jagged_restart_steps
+    if every is None:
+        for key in ("jagged_restart_warmup_steps", "jagged_restart_anneal_steps"):
+            if getattr(recipe, key):
+                yield (key,), "`jagged_restart_steps` is missing", "Add it or remove this"
+        return
+    if (warmup or 0) + (anneal or 0) > every:
+        why = "warm-up and annealing are longer than that"
+        yield ("jagged_restart_steps",), why, f"Use at least {(warmup or 0) + (anneal or 0)}"
+    if recipe.lr_scheduler in ("one_cycle", "reduce_lr_on_plateau"):
+        why = f"`lr_scheduler: {recipe.lr_scheduler}` cannot restart"
+        yield ("jagged_restart_steps",), why, "Use `lr_scheduler: cosine`"
+
+
+@rule("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio", "optimizer")
+def learning_rates_are_said_once(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """LoRA+, groups and rates of embeddings each divide the parameters in their own way."""
+    if recipe.embedding_lr and recipe.embedding_lr_scale:
+        yield ("embedding_lr_scale",), "`embedding_lr` says otherwise", "Use one of the two"
+    for key in ("lr_groups", "embedding_lr", "embedding_lr_scale"):
+        if recipe.loraplus_lr_ratio and getattr(recipe, key):
+            yield (key,), "`loraplus_lr_ratio` divides the parameters already", "Use one of the two"
+    if recipe.optimizer in (*LOW_RANK, "muon"):
+        for key in ("loraplus_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale"):
+            if getattr(recipe, key):
+                why = f"`optimizer: {recipe.optimizer}` divides the parameters in its own way"
+                yield (key,), why, "Use `optimizer: adamw_torch_fused`"
+
+
+@rule("optimizer", "adapter")
+def projections_are_for_whole_weights(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """An adapter's matrices have a low rank already."""
+    if recipe.optimizer in LOW_RANK and recipe.uses_adapter:
+        why = f"{recipe.optimizer} projects whole weights, which an adapter leaves frozen"
+        yield ("optimizer",), why, "Use adamw_torch_fused, or train without `adapter`"
 
 
 RULES = (
@@ -127,5 +208,10 @@ RULES = (
     steps_are_whole_or_a_share,
     a_lowest_rate_needs_a_cosine,
     schedulers_have_their_arguments,
-    the_schedule_can_be_repeated,
+    what_follows_validation_has_it,
+    a_constant_end_has_a_rate,
+    curves_have_their_own_keys,
+    restarts_are_complete,
+    learning_rates_are_said_once,
+    projections_are_for_whole_weights,
 )

@@ -1,10 +1,50 @@
-"""Placement: on how many processes training runs and where artifacts are kept; never in a key."""
+"""Placement: on how many processes training runs, how they share it, where artifacts are kept."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from regrow.configs.sections.section import Count, Section, Texts
+from regrow.configs.sections.section import Count, Positive, Section, Texts, Whole
+
+
+class FsdpConfig(Section):
+    """How FSDP2 shards a model. The loss is the same as without it."""
+
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward pass: least memory. False keeps them for
+    the backward pass: more memory, less traffic. Default true."""
+
+    offload_params: bool = False
+    """Keep weights and optimizer in the host's memory between uses. Default false."""
+
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass; takes the place of `gradient_checkpointing`.
+    Default false."""
+
+    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = (
+        "TRANSFORMER_BASED_WRAP"
+    )
+    """What is gathered at a time: a layer, so many parameters, or all. Default: a layer."""
+
+    transformer_layer_cls_to_wrap: Texts = ()
+    """Classes of the layers. Default: those that the model names itself."""
+
+    min_num_params: Whole = 0
+    """With SIZE_BASED_WRAP: parameters gathered at a time."""
+
+    cpu_ram_efficient_loading: bool = False
+    """Take the weights of one process for all of them when sharding. Default false: each process
+    uses those that it read."""
+
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] = (
+        "SHARDED_STATE_DICT"
+    )
+    """Of no effect: checkpoints are always sharded and fit any number of processes, and the result
+    is always whole."""
+
+    mixed_precision_policy: str | None = None
+    """Of no effect: weights travel in the type they are held in, and are computed with as on one
+    GPU, so that the loss is the same."""
 
 
 class ParallelSection(Section):
@@ -17,14 +57,38 @@ class ParallelSection(Section):
     """Root URL of the artifact store: a directory, `s3://`, `gs://`, `az://`, ... Default: the
     setting of the installation."""
 
-    deepspeed: str | dict[str, Any] | None = None
-    """DeepSpeed configuration, as a path to a JSON file or in place (not yet)."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's configuration: in place, as the path of a JSON file, or as the name of one that
+    comes with Regrow (zero1.json, zero2.json, zero3.json, zero3_bf16.json, ...). The result is the
+    same as without it up to rounding."""
 
-    fsdp: Texts = ()
-    """FSDP options of old recipes (not yet)."""
+    fsdp_version: Literal[2] | None = None
+    """Version of FSDP: 2. Recipes written for version 1 are read as version 2."""
 
-    fsdp_version: Count | None = None
-    """Version of FSDP (not yet)."""
+    fsdp_config: FsdpConfig | None = None
+    """Shard weights, gradients and optimizer over the processes with FSDP2; `{}` takes its
+    defaults. Default: every process holds the whole model."""
 
-    fsdp_config: dict[str, Any] = {}
-    """FSDP configuration (not yet)."""
+    dp_replicate_size: Count = 1
+    """With FSDP2: copies of the model, each of them sharded over the processes of its own (one copy
+    for each machine, say). Default 1."""
+
+    dp_shard_size: Count | None = None
+    """With FSDP2: processes over which one copy is sharded. Default: all of them, divided by
+    `dp_replicate_size`."""
+
+    time_limit: Positive | None = None
+    """Minutes after which training saves a checkpoint and ends; the next run goes on from there.
+    Default: none."""
+
+    hang_timeout: Positive | None = 30.0
+    """Minutes without any step after which a training process counts as hanging: the stacks of all
+    threads are written to the log and training goes on from the newest checkpoint. Default 30."""
+
+    max_restarts: Whole = 3
+    """How often training that died is started again without a new checkpoint in between. Default
+    3, torchrun's example."""
+
+    auto_find_batch_size: bool = True
+    """When memory runs out, go on with half the `micro_batch_size` and twice the accumulation,
+    which gives the same result. Default true."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from regrow.configs.optimizers import Optimizer
 from regrow.configs.sections.section import (
     Count,
     Fraction,
@@ -11,34 +12,9 @@ from regrow.configs.sections.section import (
     Positive,
     Ratio,
     Section,
+    Texts,
     Whole,
 )
-
-TorchOptimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"
-]
-"""Optimizers that Transformers builds from torch and itself alone."""
-
-BitsandbytesOptimizer = Literal[
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "ademamix",
-    "ademamix_8bit",
-    "paged_ademamix_8bit",
-    "paged_ademamix_32bit",
-    "lion_8bit",
-    "lion_32bit",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "rmsprop_bnb",
-    "rmsprop_bnb_8bit",
-    "rmsprop_bnb_32bit",
-]
-"""Optimizers that Transformers builds from bitsandbytes: the worker needs the extra `gpu`."""
-
-BITSANDBYTES_OPTIMIZERS = get_args(BitsandbytesOptimizer)
 
 Scheduler = Literal[
     "linear",
@@ -52,7 +28,20 @@ Scheduler = Literal[
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    "one_cycle",
+    "rex",
 ]
+
+
+class LearningRateGroup(Section):
+    """Layers that learn at a rate of their own."""
+
+    name: str
+    """What people call the group."""
+    modules: Texts
+    """Parts of the parameters' names, such as embed_tokens."""
+    lr: Positive
+    """Their highest learning rate."""
 
 
 class GradientCheckpointingKwargs(Section):
@@ -88,9 +77,18 @@ class TrainingSection(Section):
     """Highest learning rate. No default: it depends on the model and the adapter. 1e-4 to 3e-4 is
     usual for LoRA, 1e-5 to 5e-5 for full weights."""
 
-    optimizer: TorchOptimizer | BitsandbytesOptimizer = "adamw_torch_fused"
-    """Transformers' name of the optimizer; the 8-bit and paged ones need bitsandbytes and a GPU.
-    Default `adamw_torch_fused`, Axolotl's."""
+    optimizer: Optimizer = "adamw_torch_fused"
+    """Axolotl's name of the optimizer; the 8-bit and paged ones need bitsandbytes or torchao, some
+    others a package of their own, named when it is missing. Default `adamw_torch_fused`,
+    Axolotl's."""
+
+    optim_args: str | dict[str, Any] = {}
+    """Further arguments of the optimizer: a map, or text such as "rank=64, scale=0.25". Default:
+    none."""
+
+    optim_target_modules: Texts = ()
+    """Layers whose gradients galore_* and apollo_* project: names or regular expressions, or
+    all-linear. Default for these optimizers: attn and mlp, Axolotl's."""
 
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay. Default 0, Axolotl's."""
@@ -104,17 +102,58 @@ class TrainingSection(Section):
     adam_epsilon: Positive = 1e-8
     """Keeps Adam from dividing by zero. Default 1e-8, Adam's."""
 
+    adam_beta3: Fraction | None = None
+    """CAME's third decay, or AdEMAMix's slow one. Default: the optimizer's own."""
+
+    adam_epsilon2: Positive | None = None
+    """CAME's second epsilon. Default: the optimizer's own."""
+
+    embedding_lr: Positive | None = None
+    """Learning rate of embeddings and output head that are trained in full. Default:
+    `learning_rate`."""
+
+    embedding_lr_scale: Positive | None = None
+    """The same as a multiple of `learning_rate`."""
+
+    lr_groups: tuple[LearningRateGroup, ...] = ()
+    """Layers that learn at rates of their own. Default: none."""
+
+    unfrozen_parameters: Texts = ()
+    """Without `adapter`: regular expressions of the parameters that are trained, and no others;
+    `[0:32000]` behind one means these rows only. Default: all are trained."""
+
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm; 0 turns it off. Default 1, Transformers'."""
 
     lr_scheduler: Scheduler = "cosine"
-    """Transformers' name of the learning rate's course. Default `cosine`, Axolotl's."""
+    """The learning rate's course: Transformers' names, `one_cycle` and `rex`. Default `cosine`,
+    Axolotl's."""
 
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Further arguments of the scheduler, such as min_lr_rate. Default: none."""
 
     cosine_min_lr_ratio: Ratio | None = None
     """With `lr_scheduler: cosine`: end at this share of `learning_rate` instead of at 0."""
+
+    cosine_constant_lr_ratio: Fraction | None = None
+    """With `cosine_min_lr_ratio`: the lowest rate is reached after this share of all steps, and
+    kept. Default: at the end."""
+
+    lr_div_factor: Positive | None = None
+    """With `lr_scheduler: one_cycle`: it starts at learning_rate / this. Default 25, torch's."""
+
+    lr_quadratic_warmup: bool = False
+    """With `lr_scheduler: cosine`: warm up as the square of the share of steps. Default false."""
+
+    jagged_restart_steps: Count | None = None
+    """The learning rate falls to a thousandth and warms up again every so many steps. Default:
+    never."""
+
+    jagged_restart_warmup_steps: Whole | None = None
+    """Steps of each such warm-up. Default 0."""
+
+    jagged_restart_anneal_steps: Whole | None = None
+    """Steps over which the rate falls before each restart. Default 0: at once."""
 
     warmup_steps: Whole | None = None
     """Steps over which the learning rate rises from 0. Default: see `warmup_ratio`."""
@@ -125,6 +164,41 @@ class TrainingSection(Section):
 
     neftune_noise_alpha: Positive | None = None
     """Strength of NEFTune's noise on the embeddings while training; 5 is usual. Default: none."""
+
+    group_by_length: bool = False
+    """Steps of rows of like length, in random order. Only without `sample_packing`, where rows
+    differ in length. Default false, Axolotl's."""
+
+    curriculum_sampling: bool = False
+    """Train on the rows in the order of the prepared data, in every epoch. Default false: mixed
+    anew for each epoch, as Axolotl does."""
+
+    label_smoothing_factor: Fraction = 0.0
+    """Share of each target's probability given to all tokens alike. Default 0."""
+
+    z_loss_coefficient: NotNegative = 0.0
+    """Weight of the square of the logits' log-sum-exp in the loss, which keeps logits small; 1e-4
+    is usual (PaLM, arXiv 2204.02311). Default 0."""
+
+    loss_watchdog_threshold: Positive | None = None
+    """A training loss above this counts as diverged. Default: no watch is kept."""
+
+    loss_watchdog_patience: Count = 3
+    """Reports of a loss above the threshold, one after the other, that end the training with an
+    error. Default 3, Axolotl's examples'."""
+
+    early_stopping_patience: Count | None = None
+    """Stop when this many validations in a row bring no lower loss; the model of the lowest loss is
+    the result. Default: train to the end."""
+
+    load_best_model_at_end: bool = False
+    """The model of the lowest validation loss is the result, not the last one. Default false."""
+
+    metric_for_best_model: Literal["loss", "eval_loss"] = "loss"
+    """What the best model is best in: the validation loss."""
+
+    greater_is_better: Literal[False] = False
+    """Whether a larger metric is better; of a loss it never is."""
 
     seed: Whole = 42
     """Seed of the data order, the adapter's first values and dropout. Default 42, Axolotl's."""
@@ -151,8 +225,9 @@ class TrainingSection(Section):
     """Optimizer steps between reports of the loss. Default 1: 239 of 244 published recipes use
     it."""
 
-    save_strategy: Literal["no", "steps", "epoch"] | None = None
-    """When a checkpoint to resume from is kept. Default, as Axolotl does: `steps` when `save_steps`
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = None
+    """When a checkpoint to resume from is kept; `best`: after each validation that brings the
+    lowest loss so far. Default, as Axolotl does: `steps` when `save_steps`
     or `saves_per_epoch` is given, else `epoch`."""
 
     save_steps: Positive | None = None

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from regrow.tasks.modeling.batches import flatten
 from regrow.tasks.modeling.rows import PackedRows, Row
 
-MAX_TOKENS = 512  # enough for millions of logits; a minute for a model of 8 B on a CPU
+MAX_TOKENS = 512  # enough for millions of logits
 
 ROUNDING_FLOOR = 0.025
 """Difference through rounded weights that is no fault, as a share of the logits' standard
@@ -47,6 +46,10 @@ class Fidelity:
     """The largest difference of any logit, as stored."""
     changed_choices: float
     """Share of tokens whose most likely successor differs."""
+    quantization_effect: float | None = None
+    """Root mean square of what the quantization of the base's weights in training changes in the
+    logits of base and adapter: the merged model stands on the unquantized base. (int8 rounds the
+    layers' inputs as well, which is not in it.) None: not quantized, or bitsandbytes is missing."""
 
     def allowed(self, tolerance: float) -> float:
         """The largest `rms_logit_difference` that is no fault."""
@@ -65,10 +68,17 @@ class Fidelity:
         return None
 
     def __str__(self) -> str:
+        quantized = ""
+        if self.quantization_effect is not None:
+            quantized = (
+                f"; the base's quantization in training, which the merged model is without, "
+                f"changed {self.quantization_effect:.4g}"
+            )
         return (
             f"the merged model's logits differ from those of base and adapter by "
             f"{self.rms_logit_difference:.4g} (root mean square over {self.tokens} tokens; at most "
             f"{self.max_logit_difference:.4g}), where the adapter changes {self.adapter_effect:.4g}"
+            + quantized
         )
 
 
@@ -95,14 +105,18 @@ def _cut(row: Row, most: int) -> Row:
     return Row(row.input_ids[:most], row.loss_mask[:most], lengths[lengths > 0])
 
 
-@torch.no_grad()
-def logits_of(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Logits [T, V] in float32."""
-    return model.eval()(**batch).logits[0].float()
+def compare(
+    base_TV: Tensor,
+    adapted_TV: Tensor,
+    merged_TV: Tensor,
+    stored_TV: Tensor,
+    trained_TV: Tensor | None = None,
+) -> Fidelity:
+    """The merged model's logits, in float32 and as stored, against those of base and adapter.
 
-
-def compare(base_TV: Tensor, adapted_TV: Tensor, merged_TV: Tensor, stored_TV: Tensor) -> Fidelity:
-    """The merged model's logits, in float32 and as stored, against those of base and adapter."""
+    Args:
+        trained_TV: of the adapter on the quantized base that it was trained on.
+    """
     difference = stored_TV - adapted_TV
     return Fidelity(
         tokens=len(adapted_TV),
@@ -112,6 +126,7 @@ def compare(base_TV: Tensor, adapted_TV: Tensor, merged_TV: Tensor, stored_TV: T
         rms_logit_difference=_rms(difference),
         max_logit_difference=difference.abs().max().item(),
         changed_choices=(stored_TV.argmax(-1) != adapted_TV.argmax(-1)).double().mean().item(),
+        quantization_effect=None if trained_TV is None else _rms(trained_TV - adapted_TV),
     )
 
 

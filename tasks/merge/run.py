@@ -4,49 +4,37 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from regrow.infra import hub
-from regrow.tasks.merge.fidelity import compare, logits_of, probe_batch
+from regrow.tasks.merge.base import open_base
+from regrow.tasks.merge.fidelity import Fidelity, compare, probe_batch
+from regrow.tasks.merge.quantized import dequantized
 from regrow.tasks.merge.spec import MergeSpec
+from regrow.tasks.merge.write import write_merged
 from regrow.tasks.modeling.adapter import load_adapter
 from regrow.tasks.modeling.ends import align_special_ids
-from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
-from regrow.tasks.modeling.rounding import round_weights
+from regrow.tasks.modeling.load import load_tokenizer
 from regrow.tasks.stage import StageError, StageJob
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
+_PARTS = 6
 
 
 def run(job: StageJob) -> dict[str, Any]:
     """Merge the adapter of input "train"; `job.out` gets model and tokenizer (of input "prepare").
 
-    On the CPU, all arithmetic in float32, which takes 4 bytes a parameter. Returns the fields of
-    `Fidelity`, and tolerance and allowed_difference.
+    On the CPU, all arithmetic in float32, one layer after the other: the memory is that of the
+    largest layer and of one file of the result. Returns the fields of `Fidelity`, tolerance and
+    allowed_difference, base (what the adapter was merged into) and trained_on (what it was trained
+    on).
 
     Raises:
         StageError: when the adapter does not fit, or the merged model is not faithful.
     """
     spec: MergeSpec = job.spec
-    tokenizer_dir = job.inputs["prepare"] / "tokenizer"
-    batch = probe_batch(job.inputs["prepare"])
-    trust = job.placement.trust_remote_code
-    base = hub.local_directory(job.placement.base_model, "model", _MODEL_FILES)
-    job.report.progress(0, 3, "parts", "base and adapter")
-    model: Any = load_model(base, dtype=spec.dtype, trust_remote_code=trust).float()
-    tokenizer = load_tokenizer(tokenizer_dir)
-    grow_embeddings(model, len(tokenizer))
-    align_special_ids(model, tokenizer)
-    before = _merge(model, job.inputs["train"], spec.dtype, job.out, batch)
-    del model
-    shutil.copytree(tokenizer_dir, job.out, dirs_exist_ok=True)
-    job.report.progress(2, 3, "parts", "the merged model, as stored")
-    stored = load_model(job.out, dtype=spec.dtype, trust_remote_code=trust).float()
-    fidelity = compare(*before, logits_of(stored, batch))
-    job.report.progress(3, 3, "parts")
+    fidelity = _merge(job)
+    job.report.progress(_PARTS, _PARTS, "parts")
     job.report.log(str(fidelity))
     fault = fidelity.fault(spec.tolerance)
     if fault:
@@ -57,19 +45,42 @@ def run(job: StageJob) -> dict[str, Any]:
     return asdict(fidelity) | {
         "tolerance": spec.tolerance,
         "allowed_difference": fidelity.allowed(spec.tolerance),
+        "base": spec.dtype,
+        "trained_on": str(spec.quantization or spec.dtype),
     }
 
 
-def _merge(
-    model: Any, adapter: Path, dtype: str, out: Path, batch: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Store the merged model in `out`; returns logits of the base, of base and adapter, and of the
-    merged model before it is rounded."""
-    base_TV = logits_of(model, batch)
-    adapted = load_adapter(model, adapter)
-    adapted_TV = logits_of(adapted, batch)
-    merged: Any = adapted.merge_and_unload(safe_merge=True)
-    merged_TV = logits_of(merged, batch)
-    round_weights(merged, DTYPES[dtype])
-    merged.save_pretrained(str(out))
-    return base_TV, adapted_TV, merged_TV
+def _merge(job: StageJob) -> Fidelity:
+    """Write the merged model and compare it with base and adapter."""
+    spec: MergeSpec = job.spec
+    trust = job.placement.trust_remote_code
+    tokenizer_dir = job.inputs["prepare"] / "tokenizer"
+    batch = probe_batch(job.inputs["prepare"])
+    tokenizer = load_tokenizer(tokenizer_dir)
+    directory = hub.local_directory(job.placement.base_model, "model", _MODEL_FILES)
+
+    def part(number: int, what: str) -> None:
+        job.report.progress(number, _PARTS, "parts", what)
+
+    part(0, "the base")
+    base = open_base(directory, spec.dtype, len(tokenizer), trust)
+    align_special_ids(base.model, tokenizer)
+    base_TV = base.weights.logits(base.model, batch, base.read)
+    read = dequantized(base, spec.quantization) if spec.quantization else None
+    part(1, "base and adapter")
+    adapted = load_adapter(base.model, job.inputs["train"])
+    adapted_TV = base.weights.logits(adapted, batch, base.read)
+    trained_TV = None
+    if read is not None:
+        part(2, "adapter on the quantized base")
+        trained_TV = base.weights.logits(adapted, batch, read)
+    part(3, "merging without rounding")
+    merged_TV = base.weights.logits(adapted, batch, base.read, merging=True)
+    part(4, "writing")
+    write_merged(base, adapted, spec.dtype, job.out)
+    shutil.copytree(tokenizer_dir, job.out, dirs_exist_ok=True)
+    del base, adapted
+    part(5, "the merged model, as stored")
+    stored = open_base(job.out, spec.dtype, 0, trust)
+    stored_TV = stored.weights.logits(stored.model, batch, stored.read)
+    return compare(base_TV, adapted_TV, merged_TV, stored_TV, trained_TV)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from regrow.tasks.modeling.quantization import Quantization
+
 if TYPE_CHECKING:
     from regrow.configs.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same spec and inputs would give other bytes."""
 
 TOLERANCE = 0.25
@@ -23,6 +25,9 @@ class MergeSpec:
     base_model_digest: str
     dtype: str
     """Of the base during training, and of the merged weights: "bfloat16" or "float32"."""
+    quantization: Quantization | None = None
+    """Of the base during training; the merged model stands on the unquantized base in `dtype`, and
+    the result says how much that changes."""
     tolerance: float = TOLERANCE
     """The most that the merged model's logits may differ from those of base and adapter, as a share
     of the difference that the adapter makes (both root mean squares)."""
@@ -30,7 +35,8 @@ class MergeSpec:
     @classmethod
     def from_recipe(cls, recipe: Recipe, base_model_digest: str) -> MergeSpec:
         """The part of the recipe that decides the merged weights."""
-        return cls(base_model_digest=base_model_digest, dtype=recipe.dtype)
+        quantization = Quantization.from_recipe(recipe)
+        return cls(base_model_digest, recipe.dtype, quantization)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from regrow.tasks.modeling import attention as packed
+from regrow.tasks.modeling.quantization import Quantization, require_package
 from regrow.tasks.stage import StageError
 
 logger = logging.getLogger(__name__)
@@ -32,27 +35,31 @@ def load_model(
     dtype: str,
     attention: str = packed.NAME,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `path`, on the CPU, weights in `dtype`.
 
+    One that is stored in FP8 or MXFP4 is dequantized to `dtype`.
+
     Args:
         dtype: a name in `DTYPES`.
+        quantization: hold the linear layers in 4 or 8 bits (on the GPU, where there is one).
         attention: "regrow_packed" for packed rows, "sdpa" for generation and padded batches.
 
     Raises:
         StageError: a file is missing, the architecture is unknown, weights do not fit the
-            architecture, or the model cannot be trained on packed rows.
+            architecture, the model cannot be trained on packed rows, or it is stored in a
+            quantization that cannot be trained.
     """
     transformers_logging.disable_progress_bar()  # stages tell how far they are in their own way
     directory = _model_directory(path)
-    config = _load_config(directory, trust_remote_code)
-    if attention == packed.NAME:
-        packed.register()
-        _check_separable(config, directory)
+    config = _usable_config(directory, attention, trust_remote_code)
+    quantized = quantization.config() if quantization else _stored_quantization(config, directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
+            **({"quantization_config": quantized} if quantized else {}),
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
@@ -63,12 +70,82 @@ def load_model(
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
     _check_weights(report, directory)
+    _check_replaceable(model, attention, directory)
+    return model
+
+
+def empty_model(
+    path: str | Path,
+    *,
+    vocabulary: int | None = None,
+    attention: str = packed.NAME,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in `path` without its weights: parameters on torch's meta device, buffers real.
+
+    Args:
+        vocabulary: rows of its embeddings; None: as the model has.
+
+    Raises:
+        StageError: as `load_model`.
+    """
+    directory = _model_directory(path)
+    config = _usable_config(directory, attention, trust_remote_code)
+    if vocabulary is not None:
+        config.get_text_config().vocab_size = vocabulary
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    model.tie_weights()  # the empty parameters were made one by one
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _check_replaceable(model, attention, directory)
+    return model
+
+
+def _usable_config(directory: Path, attention: str, trust_remote_code: bool) -> Any:
+    config = _load_config(directory, trust_remote_code)
+    if attention == packed.NAME:
+        packed.register()
+        _check_separable(config, directory)
+    return config
+
+
+def _check_replaceable(model: PreTrainedModel, attention: str, directory: Path) -> None:
     if attention == packed.NAME and not type(model).is_backend_compatible():
         raise StageError(
             f"{type(model).__name__} in {directory} does not let Regrow replace its attention, so "
             "packed examples would see each other; choose a model of a newer architecture"
         )
-    return model
+
+
+def stored_quantization(config: Any) -> str | None:
+    """How the weights are quantized in their files ("fp8", "gptq", ...), by their config.json."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    return str(getattr(method, "quant_method", method)) if found else None
+
+
+def _stored_quantization(config: Any, directory: Path) -> Any:
+    """What makes Transformers dequantize the stored weights; None where they are plain."""
+    method = stored_quantization(config)
+    if method is None:
+        return None
+    dequantizing = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+    if method not in dequantizing:
+        raise StageError(
+            f"base_model: the weights in {directory} are stored quantized ({method}); an adapter "
+            "trained on them could not be merged back. Use the unquantized model, with "
+            "`adapter: qlora` where memory is short"
+        )
+    if method == "mxfp4":
+        require_package("accelerate", "accelerate", "base_model")
+    settings = {k: v for k, v in dict(config.quantization_config).items() if k != "quant_method"}
+    return getattr(transformers, dequantizing[method])(**settings | {"dequantize": True})
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -101,8 +178,14 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 weight: Any = layer.weight
-                weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+                weight.copy_(with_new_rows(weight[:old], num_tokens))
     return num_tokens - old
+
+
+def with_new_rows(weight: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """An embedding [old, D] grown to [num_tokens, D], the new rows the mean of the old ones."""
+    mean = weight.float().mean(dim=0).to(weight.dtype)
+    return torch.cat([weight, mean.expand(num_tokens - len(weight), -1)])
 
 
 def _model_directory(path: str | Path) -> Path:

@@ -12,36 +12,44 @@ from regrow.tasks.prepare.shards import WrittenSplit
 from regrow.tasks.prepare.spec import DatasetSpec
 
 
-def split_counts(written: WrittenSplit, examples: Examples, sequence_len: int) -> dict[str, Any]:
+def split_counts(written: WrittenSplit, examples: Examples, capacity: int) -> dict[str, Any]:
     """Counts of a split.
 
-    `trained_share`: learnt tokens per token; `fill`: tokens per place in `rows * sequence_len`;
+    Args:
+        capacity: tokens that a row may hold.
+
+    `sequences`: two for each pair; `trained_share`: learnt tokens per token; `fill`: tokens per
+    place in `rows * capacity`; `labels`: how often each occurs, where the kind has any;
     histograms: things in [edge, next edge), the last edge included.
     """
-    return {
+    counts = {
         "rows": written.rows,
         "examples": written.examples,
+        "sequences": examples.sequences,
         "tokens": written.tokens,
         "supervised_tokens": written.supervised_tokens,
         "trained_share": written.supervised_tokens / written.tokens,
-        "fill": written.tokens / (written.rows * sequence_len),
-        "length_histogram": _lengths(examples, sequence_len),
-        "fill_histogram": _fills(written, sequence_len),
+        "fill": written.tokens / (written.rows * capacity),
+        "length_histogram": _lengths(examples, capacity),
+        "fill_histogram": _fills(written, capacity),
     }
+    return counts | ({"labels": written.labels} if written.labels else {})
 
 
-def _lengths(examples: Examples, sequence_len: int) -> dict[str, Any]:
-    """Examples by length in tokens, in bins that double."""
-    edges = [2**power for power in range(int(examples.length.max()).bit_length() + 1)]
-    counts, _ = np.histogram(examples.length, bins=edges)
-    return {"edges": edges, "counts": counts.tolist(), "sequence_len": sequence_len}
+def _lengths(examples: Examples, capacity: int) -> dict[str, Any]:
+    """Sequences by length in tokens, in bins that double."""
+    lengths = examples.sequence_lens
+    edges = [2**power for power in range(int(lengths.max()).bit_length() + 1)]
+    counts, _ = np.histogram(lengths, bins=edges)
+    longest = capacity * len(examples) // examples.sequences
+    return {"edges": edges, "counts": counts.tolist(), "sequence_len": longest}
 
 
-def _fills(written: WrittenSplit, sequence_len: int) -> dict[str, Any]:
-    """Rows by the share of `sequence_len` that holds tokens, in twenty equal bins."""
+def _fills(written: WrittenSplit, capacity: int) -> dict[str, Any]:
+    """Rows by the share of their capacity that holds tokens, in twenty equal bins."""
     edges = [step / 20 for step in range(21)]
-    counts, _ = np.histogram(written.row_tokens / sequence_len, bins=edges)
-    mean = written.tokens / (written.rows * sequence_len)
+    counts, _ = np.histogram(written.row_tokens / capacity, bins=edges)
+    mean = written.tokens / (written.rows * capacity)
     return {"edges": edges, "counts": counts.tolist(), "mean": mean}
 
 
@@ -63,8 +71,10 @@ def dataset_counts(
 
 def summary(split: str, counts: dict[str, Any]) -> str:
     """The counts of a split in one line."""
+    labels = counts.get("labels", {})
+    marked = f", {labels.get('1', 0):,} of {sum(labels.values()):,} labels are 1" if labels else ""
     return (
         f"{split}: {counts['examples']:,} examples in {counts['rows']:,} rows, "
         f"{counts['tokens']:,} tokens, {counts['trained_share']:.1%} learnt, "
-        f"rows {counts['fill']:.1%} full"
+        f"rows {counts['fill']:.1%} full{marked}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -24,6 +24,10 @@ class Document:
     """Segments tokenized as one text, ended by the tokenizer's eos token, which is trained."""
 
     segments: tuple[Segment, ...]
+    continues: bool = False
+    """The first segment is a prompt, and all is learnt from the first token on that is not one of
+    the prompt's when that is tokenized alone. For preferences, as TRL does it: the probability of
+    an answer is that of all tokens behind those that the model is given."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Piece:
     text: str
     train: Literal["all", "last", "none"]
     """last: only the last token, as process rewards need."""
+    eos: int = 0
+    """The eos tokens it ends with, those of the text itself counted in; learnt if the piece is."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Pieces:
     """Begin with what the tokenizer puts before a text (its bos token, if it has such a habit)."""
     eos: bool = True
     """End with the eos token, learnt when the last piece is; unless it stands there already."""
+    bos_always: bool = False
+    """Begin with the bos token where there is one, whatever the tokenizer's habit."""
+    answer_limit: int | None = None
+    """Tokens kept of all pieces but the first."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,29 @@ class Conversation:
     trained: tuple[bool, ...]
     """One flag for each message."""
     tools: tuple[Any, ...] | None = None
+    details: Mapping[int, Mapping[str, tuple[tuple[int, int], ...]]] = field(default_factory=dict)
+    """Message -> property (`content`, ...) -> its learnt characters, each [first, last). Of a
+    message in here nothing else is learnt but its end."""
 
 
-TokenSource = Document | Pieces | TokenIds | Conversation
+@dataclass(frozen=True)
+class Exchange:
+    """Messages that a chat template renders: a prompt, and an answer, all of which is learnt.
+
+    Learnt is what the template writes beyond the prompt with the beginning of an answer
+    (`add_generation_prompt`), so also what ends the answer; token by token as in
+    `Document.continues`.
+    """
+
+    prompt: tuple[Mapping[str, Any], ...]
+    answer: tuple[Mapping[str, Any], ...]
+    """Empty: the prompt alone, with the beginning of an answer."""
+    tools: tuple[Any, ...] | None = None
+    closed: bool = False
+    """Leave out white space that the template writes at the end, and end with the eos token."""
+
+
+TokenSource = Document | Pieces | TokenIds | Conversation | Exchange
 """What becomes one sequence of tokens."""
 
 

@@ -13,16 +13,17 @@ import lzma
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from regrow.infra import store
 from regrow.infra.digests import sha256_file
+from regrow.tasks.prepare.folders import COMPRESSED
 from regrow.tasks.stage import StageError
 
 _BLOCK = 1 << 20
-_COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def localize(place: str, sha256: str, kind: str, scratch: Path) -> LocalFile:
         StageError: when the file is not there, is not what the digest says, or is malformed.
     """
     path = _fetched(place, sha256, scratch)
-    if path.suffix.lower() in _COMPRESSED:
+    if path.suffix.lower() in COMPRESSED:
         path = _unpacked(path, place, scratch / f"{sha256[:16]}{PurePosixPath(path.stem).suffix}")
     if kind == "json" and _is_json_document(path):
         lines = _as_lines(_json_rows(path, place), scratch / f"{sha256[:16]}.{kind}.jsonl")
@@ -95,13 +96,26 @@ def _download(url: str, target: Path) -> str:
 
 def _unpacked(path: Path, place: str, target: Path) -> Path:
     try:
-        with store.open_url(str(path)) as source, target.open("wb") as out:
+        with _opened(path) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, _BLOCK)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise StageError(
             f"{place}: cannot be decompressed ({error}); is the copy whole?"
         ) from error
     return target
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The decompressed bytes of a file."""
+    if path.suffix.lower() != ".zst":
+        with store.open_url(str(path)) as source:
+            yield source
+        return
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, "zstd") as source:
+        yield cast(IO[bytes], source)
 
 
 def _as_lines(rows: Iterable[Any], target: Path) -> Path:

@@ -1,42 +1,47 @@
 """Which characters of a rendered conversation the model learns to write, for any chat template.
 
-Nothing is assumed of the template; it is asked. The text is rendered again with marks in place of
-the wanted messages. What stands around the marks is the template's own; what stands in their place
-in the real text is the message, as the template prints it (stripped, say, or without its thinking).
-The answer counts only if both renderings agree everywhere else; otherwise the row is refused.
+The text of each trained message as the template prints it (stripped, say, or with its thinking and
+its tool calls), and the tokens that end it. What the template writes itself (heads of turns, a
+system prompt of its own, an empty frame for thinking) is not learnt, but for white space before an
+answer that is not in the prompt for it, and white space between a message and a learnt end: the
+model has to write these to come to the answer and to its end.
+An empty message teaches nothing, not even its end, as in Axolotl.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from regrow.tasks.prepare.endings import Ending, Endings
 from regrow.tasks.prepare.example import Conversation, RowError
+from regrow.tasks.prepare.locating import Located, Locator
 from regrow.tasks.prepare.rendering import ChatTemplate
+from regrow.tasks.prepare.skeleton import Span
+from regrow.tasks.prepare.toolcalls import CallForm
 
-Span = tuple[int, int]
-"""[first, last) character."""
-
-# Private-use characters (Unicode, chapter 23.5): no template and hardly any text holds them.
-_OPEN, _CLOSE = "\ue0f1", "\ue0f2"
+_Messages = Sequence[Mapping[str, Any]]
+_ALWAYS = ("role", "content")
 
 
 @dataclass(frozen=True)
 class MaskRules:
     """What is trained besides the messages themselves."""
 
-    train_on_inputs: bool = False
-    """Everything is."""
     train_on_eos: str = "turn"
-    """turn: the eos token that ends a trained message; all: that ends any; last: that ends the last
-    message of the conversation; none."""
+    """turn: the eos token that ends a trained message; all: that ends any; last: only the last of
+    those (of trained messages, if neither rule is `all`); none."""
     train_on_eot: str = "turn"
-    """The same for other tokens that end a message."""
+    """The same for other tokens that end a message; the eos token is one of them unless
+    `eot_tokens` leaves it out, and is then trained when either rule wants it."""
     eot_tokens: tuple[str, ...] = ()
-    """The tokens that end a message; empty: any special token found there."""
+    """The tokens that end a message; empty: see `Endings`."""
+    chat_template_kwargs: str = "{}"
+    """JSON object of further variables for the template."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,14 @@ class Rendered:
 
     text: str
     spans: list[Span]
-    """Trained characters, in order."""
+    """Trained characters, in order. A token that holds one of them is learnt."""
     answer: Span | None
     """The last trained message: what is before it is a prompt for generation."""
     unended: int = 0
     """Messages whose ending token was wanted and not found."""
+    barred: list[Span] = dataclasses.field(default_factory=list)
+    """Characters that the data says are not to be learnt: a token that holds one of them is not,
+    whatever else it holds."""
 
 
 @dataclass
@@ -65,15 +73,14 @@ class Masker:
     rules: MaskRules
     eos: str | None
     specials: Collection[str]
-    _ends: set[str] = field(init=False)
-    _end_lengths: list[int] = field(init=False)
+    _locator: Locator = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        given = set(self.rules.eot_tokens)
-        ends = given or set(self.specials) - _starters(self.template, self.specials)
-        self._ends = ends | ({self.eos} if self.eos else set())
-        # Longest first: one token may begin with another.
-        self._end_lengths = sorted({len(end) for end in self._ends}, reverse=True)
+        self.template = self.template.given(json.loads(self.rules.chat_template_kwargs))
+        self._endings = Endings(self.template, self.eos, self.specials, self.rules.eot_tokens)
+        self._locator = Locator(self.template, self._endings)
+        self._modes = {self.rules.train_on_eos, self.rules.train_on_eot}
+        self._ends_known: dict[tuple[Ending, bool], tuple[int, tuple[Span, ...]]] = {}
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text and its trained spans.
@@ -82,176 +89,155 @@ class Masker:
             RowError: when the template refuses the conversation, or the exact place of a trained
                 message in the text cannot be told.
         """
-        messages, rules = conversation.messages, self.rules
-        modes = {rules.train_on_eos, rules.train_on_eot}
-        wanted = {i for i, trained in enumerate(conversation.trained) if trained}
-        wanted |= set(range(len(messages))) if "all" in modes else set()
-        wanted |= {len(messages) - 1} if "last" in modes and messages else set()
-        text, places = locate(self.template, messages, sorted(wanted), conversation.tools)
+        messages = [self._prepared(m, i) for i, m in enumerate(conversation.messages)]
+        trained = [i for i, flag in enumerate(conversation.trained) if flag]
+        wanted = range(len(messages)) if "all" in self._modes else trained
+        located = self._locator.locate(messages, wanted, conversation.tools)
+        spans, unended = self._spans(located, wanted, conversation)
+        barred: list[Span] = []
+        if conversation.details:
+            spans, barred = _detailed(located, messages, spans, conversation)
+        answer = next((located.places[i] for i in reversed(trained) if i in located.places), None)
+        return Rendered(located.text, spans, answer, unended, barred)
+
+    def _prepared(self, message: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """The message without properties that the template does not name, as Axolotl gives it."""
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            _refuse_images(content, number)
+        if len(message) > 2:
+            if "tool_calls" in message:
+                message = self._call_form.apply(message, number)
+            message = {k: v for k, v in message.items() if k in _ALWAYS or self._names(k)}
+        return message
+
+    def _names(self, name: str) -> bool:
+        return name in self.template.text
+
+    @cached_property
+    def _call_form(self) -> CallForm:
+        return CallForm.of(self.template)
+
+    def _spans(
+        self, located: Located, wanted: Sequence[int], conversation: Conversation
+    ) -> tuple[list[Span], int]:
+        """Trained characters, and how many trained messages have no end."""
         spans: list[Span] = []
         unended = 0
-        for index, (start, stop) in sorted(places.items()):
-            trained = conversation.trained[index]
-            after, found = self._after(text, stop, trained, index == len(messages) - 1)
-            unended += trained and not found
-            if trained or after > stop:
-                spans.append((start if trained else stop, after))
-        answers = [places[i] for i in sorted(places) if conversation.trained[i]]
-        if rules.train_on_inputs:
-            spans = [(0, len(text))]
-        return Rendered(text, spans, answers[-1] if answers else None, unended)
+        last: dict[str, Span] = {}
+        for index in wanted:
+            start, stop = located.places.get(index, (0, 0))
+            if start == stop:
+                continue
+            trained, ending = conversation.trained[index], located.endings[index]
+            reach, tokens = self._learnt_ends(ending, trained)
+            if trained:
+                gap = self._endings.gap
+                if gap and conversation.messages[index]["role"] == "assistant":
+                    start -= len(gap) * located.text.endswith(gap, 0, start)
+                spans.append((start, stop + reach))
+                unended += ending.first is None and self._modes != {"none"}
+            spans += [(stop + begin, stop + end) for begin, end in tokens]
+            if "last" in self._modes:
+                last |= {kind: _moved(span, stop) for kind, span in ending.kinds()}
+        for kind, mode in self._rules:
+            if mode == "last" and kind in last:
+                spans = _with_token(spans, last[kind], located.text)
+        return spans, unended
 
-    def _after(self, text: str, stop: int, trained: bool, last: bool) -> tuple[int, bool]:
-        """Where training ends after a message that ends at `stop`, and whether an end was found."""
-        wants = {"turn": trained, "all": True, "last": last, "none": False}
-        begin, is_eos = _after_space(text, stop), False
-        found = {self.rules.train_on_eos, self.rules.train_on_eot} == {"none"}
-        # Some templates close an answer with one token and the turn with another, the eos.
-        while not is_eos and (length := self._end_at(text, begin)):
-            found, is_eos = True, text[begin : begin + length] == self.eos
-            if not wants[self.rules.train_on_eos if is_eos else self.rules.train_on_eot]:
-                break
-            begin = stop = begin + length
-        return stop, found
+    def _learnt_ends(self, ending: Ending, trained: bool) -> tuple[int, tuple[Span, ...]]:
+        """How far training goes on behind a message, and further tokens that are learnt."""
+        known = self._ends_known.get((ending, trained))
+        if known is None:
+            wants = {"turn": trained, "all": True, "last": False, "none": False}
+            modes = dict(self._rules)
+            spans = sorted({span for kind, span in ending.kinds() if wants[modes[kind]]})
+            reaches = bool(spans) and trained and spans[0] == ending.first
+            known = (spans[0][1], tuple(spans[1:])) if reaches else (0, tuple(spans))
+            self._ends_known[ending, trained] = known
+        return known
 
-    def _end_at(self, text: str, at: int) -> int:
-        """Length of the end token that stands there; 0 for none."""
-        return next((n for n in self._end_lengths if text[at : at + n] in self._ends), 0)
-
-
-def locate(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    wanted: Sequence[int],
-    tools: Sequence[Any] | None = None,
-) -> tuple[str, dict[int, Span]]:
-    """The rendered text, and where in it the content of each wanted message stands.
-
-    A message that the template leaves out has no entry.
-
-    Raises:
-        RowError: when the template refuses the conversation or a place cannot be told exactly.
-    """
-    text = template.render(messages, tools)
-    marks = _marks(text, wanted)
-    places = _all_at_once(template, messages, marks, tools, text)
-    if places is None:
-        found = {i: _one(template, messages, i, marks[i], tools, text) for i in wanted}
-        places = {i: span for i, span in found.items() if span is not None}
-    _check_order(places)
-    return text, places
+    @property
+    def _rules(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        return ("eot", self.rules.train_on_eot), ("eos", self.rules.train_on_eos)
 
 
-def _after_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
 
 
-def _starters(template: ChatTemplate, specials: Collection[str]) -> set[str]:
-    """Special tokens with which the template begins an answer: they cannot be its end."""
-    question = [{"role": "user", "content": "?"}]
-    try:
-        without, with_prompt = template.render(question), template.render(question, None, True)
-    except RowError:
-        return set()
-    return {token for token in specials if token in with_prompt.removeprefix(without)}
+def _with_token(spans: Sequence[Span], token: Span, text: str) -> list[Span]:
+    """The spans and a token, with the white space between it and the span before it."""
+    if any(start <= token[0] and token[1] <= stop for start, stop in spans):
+        return list(spans)
+    before = [span for span in spans if span[1] <= token[0]]
+    if before and not text[before[-1][1] : token[0]].strip():
+        token = before.pop()[0], token[1]
+    return [*before, token, *(span for span in spans if span[0] >= token[1])]
 
 
-def _marks(text: str, wanted: Sequence[int]) -> dict[int, str]:
-    opening = _OPEN
-    while opening in text:
-        opening += _OPEN
-    return {index: f"{opening}{index}{_CLOSE}" for index in wanted}
+def _refuse_images(content: Sequence[Any], number: int) -> None:
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise RowError(
+                f"message {number} has a part of type {kind!r}; only text can be trained on. "
+                "Leave such rows out"
+            )
 
 
-def _probe(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """A plain message in place of one: what else it holds (tool calls, thinking) is its content."""
-    return {"role": message["role"], "content": mark}
+def _detailed(
+    located: Located, messages: _Messages, spans: Sequence[Span], conversation: Conversation
+) -> tuple[list[Span], list[Span]]:
+    """The spans with only the learnt characters of messages that have details, and the others."""
+    learnt, barred = list(spans), []
+    for index, properties in conversation.details.items():
+        if index not in located.places or not conversation.trained[index]:
+            continue
+        start, stop = located.places[index]
+        holder = next(i for i, span in enumerate(learnt) if span[0] <= start and stop <= span[1])
+        inside: list[Span] = []
+        for name, ranges in properties.items():
+            inside += _printed(located, messages, (index, name), ranges)
+        end = [(stop, learnt[holder][1])] if learnt[holder][1] > stop else []
+        learnt[holder : holder + 1] = sorted(inside) + end
+        barred += _between(sorted(inside), (start, stop))
+    return learnt, barred
 
 
-def _all_at_once(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    marks: Mapping[int, str],
-    tools: Sequence[Any] | None,
-    text: str,
-) -> dict[int, Span] | None:
-    """The places when every message is printed as it is or stripped; None when not."""
-    probes = [_probe(m, marks[i]) if i in marks else m for i, m in enumerate(messages)]
-    try:
-        skeleton = template.render(probes, tools)
-    except RowError:
-        return None
-    index_of = {mark: index for index, mark in marks.items()}
-    pieces = (
-        re.split("(" + "|".join(map(re.escape, index_of)) + ")", skeleton) if marks else [skeleton]
-    )
-    places: dict[int, Span] = {}
-    at = len(pieces[0])
-    if not text.startswith(pieces[0]):
-        return None
-    for mark, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-        index = index_of[mark]
-        length = _fits(text, at, messages[index]["content"], literal)
-        if length is None or index in places:
-            return None
-        places[index] = (at, at + length)
-        at += length + len(literal)
-    return places if at == len(text) else None
-
-
-def _fits(text: str, at: int, content: str, literal: str) -> int | None:
-    """The length of that form of `content` which stands at `at`, with `literal` behind it."""
-    for form in (content, content.strip(), content.rstrip(), content.lstrip()):
-        if text.startswith(form, at) and text.startswith(literal, at + len(form)):
-            return len(form)
-    return None
-
-
-def _one(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    index: int,
-    mark: str,
-    tools: Sequence[Any] | None,
-    text: str,
-) -> Span | None:
-    """The place of one message, between what stands before and behind a mark put in its place."""
-    before, after = list(messages[:index]), list(messages[index + 1 :])
-    probed = _render_or_none(template, [*before, _probe(messages[index], mark), *after], tools)
-    if text in (probed, _render_or_none(template, [*before, *after], tools)):
-        return None
-    prefix, _, suffix = (probed or "").partition(mark)
-    start = len(prefix) if probed and text.startswith(prefix) else None
-    if start is None:
-        # The template writes the head of this message in another way than that of a plain one.
-        prompt = _render_or_none(template, before, tools, add_generation_prompt=True)
-        start = len(prompt) if prompt and text.startswith(prompt) else None
-    stop = len(text) - len(suffix)
-    exact = probed is not None and probed.count(mark) == 1 and text.endswith(suffix)
-    if start is None or not exact or stop < start:
+def _printed(
+    located: Located,
+    messages: _Messages,
+    key: tuple[int, str],
+    ranges: Sequence[Span],
+) -> list[Span]:
+    """Ranges of a property's characters as places in the text."""
+    index, name = key
+    field = located.field(messages[index], index, name)
+    if field is None:
         raise RowError(
-            f"the chat template prints message {index} ({messages[index]['role']}) in a way that "
-            "does not tell which characters are its content, so it cannot be trained on exactly. "
-            "Mend the row, take its role out of `roles_to_train`, or choose another template"
+            f"the chat template does not print {name!r} of message {index} as it is, so single "
+            "characters of it cannot be found (`message_field_training_detail`)"
         )
-    return start, stop
+    begin, cut, length = field
+    content = messages[index][name]
+    spans = []
+    for start, stop in ranges:
+        start, stop = _at_word(content, start), _at_word(content, stop)
+        first, last = max(start - cut, 0), min(stop - cut, length)
+        if first < last:
+            spans.append((begin + first, begin + last))
+    return spans
 
 
-def _render_or_none(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None,
-    add_generation_prompt: bool = False,
-) -> str | None:
-    try:
-        return template.render(messages, tools, add_generation_prompt)
-    except RowError:
-        return None
+def _at_word(text: str, edge: int) -> int:
+    """The edge moved before the space of a word: tokenizers make one token of the two, so that the
+    space follows the word. Digits are often tokens of their own."""
+    word = edge < len(text) and not text[edge].isspace() and not text[edge].isdigit()
+    return edge - 1 if word and text[edge - 1 : edge] == " " else edge
 
 
-def _check_order(places: Mapping[int, Span]) -> None:
-    spans = sorted(places.values())
-    if any(first[1] > second[0] for first, second in pairwise(spans)):
-        raise RowError("the chat template prints two messages one inside the other")
+def _between(spans: Sequence[Span], within: Span) -> list[Span]:
+    """What the spans leave of a place."""
+    edges = [within[0], *(edge for span in spans for edge in span), within[1]]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]

@@ -28,6 +28,15 @@ def shuffled(count: int, seed: int) -> np.ndarray:
     return np.argsort(mixed(np.arange(count), seed), kind="stable")
 
 
+def shuffled_within(groups: np.ndarray, seed: int) -> np.ndarray:
+    """The numbers 0 to n - 1 group after group, those of each group mixed.
+
+    Args:
+        groups: [n] which group each number is in.
+    """
+    return np.lexsort((mixed(np.arange(len(groups)), seed), groups))
+
+
 def _mix(state: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         state = state + _STEP

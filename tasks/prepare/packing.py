@@ -18,6 +18,7 @@ import numpy as np
 
 # Best-fit within a thousandth of the least possible number of rows is not worth a second try.
 _GOOD_ENOUGH = 1.001
+_ROWS_AT_ONCE = 1 << 16  # a few megabytes, however many rows there are
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,34 @@ class Packs:
 def one_each(count: int) -> Packs:
     """Every item in a row of its own."""
     return Packs(np.arange(count), np.arange(count + 1))
+
+
+def in_order(lengths: np.ndarray, capacity: int) -> Packs:
+    """Rows of at most `capacity` tokens, filled with the items one after the other."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        full = (ends[offsets[-1] - 1] if offsets[-1] else 0) + capacity
+        offsets.append(int(np.searchsorted(ends, full, side="right")))
+        assert offsets[-1] > offsets[-2], "an example longer than a row"
+    return Packs(np.arange(len(lengths)), np.array(offsets, np.int64))
+
+
+def row_sizes(lengths: np.ndarray, packs: Packs) -> np.ndarray:
+    """int64 [rows, 2]: what `modeling.row_sizes` stores of each row.
+
+    Args:
+        lengths: [items, sequences] in tokens; or [items], where each is one sequence.
+    """
+    lengths = lengths.reshape(len(lengths), -1)
+    found = np.empty((len(packs), 2), np.int64)
+    for first in range(0, len(packs), _ROWS_AT_ONCE):
+        edges = packs.offsets[first : first + _ROWS_AT_ONCE + 1]
+        its = lengths[packs.items[edges[0] : edges[-1]]].astype(np.int64)
+        for column, values in enumerate((its, its**2)):
+            sums = np.add.reduceat(values.sum(axis=1), edges[:-1] - edges[0])
+            found[first : first + len(sums), column] = sums
+    return found
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:

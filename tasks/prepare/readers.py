@@ -1,13 +1,15 @@
 """Rows out of local files, chunk by chunk, in bounded memory.
 
 A chunk is about a megabyte of a file: bytes of a line file, row groups of a Parquet file, record
-batches of an Arrow file. Where the chunks lie depends on the file alone, never on who reads it.
+batches of an Arrow file, or some rows of a large one of these. Where the chunks lie depends on the
+file alone, never on who reads it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +21,14 @@ from regrow.tasks.stage import StageError
 CHUNK_BYTES = 1 << 20
 """About half a second of tokenizing (0.6 M tokens/s, measured): small enough to keep many
 processes busy on one file, large enough that handing it over costs nothing."""
+
+_LARGEST = 16
+"""Times `CHUNK_BYTES`: a row group or record batch beyond that is several chunks. Each of them has
+to decompress what stands before its rows, some tenths of a second for 100 MB, where 16 MiB are four
+seconds of tokenizing and more."""
+
+_BATCH_ROWS = 256
+"""Rows of a table in memory as Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Chunk:
     rows: int
     size: int
     """Bytes, about."""
+    skip: int = 0
+    """Rows from `start` on that belong to the chunk before."""
 
 
 def find_chunks(file: LocalFile) -> list[Chunk]:
@@ -103,16 +115,30 @@ def _json_lines(file: LocalFile, chunk: Chunk) -> Iterator[dict | None]:
 
 
 def _grouped(sizes: Iterator[tuple[int, int]]) -> Iterator[Chunk]:
-    """Neighbouring (rows, bytes) parts as chunks of at least `CHUNK_BYTES`."""
+    """Neighbouring (rows, bytes) parts as chunks of at least `CHUNK_BYTES`; one that is much larger
+    as several."""
     start = row = rows = size = 0
     index = -1
     for index, (more_rows, more_bytes) in enumerate(sizes):
+        if more_bytes > _LARGEST * CHUNK_BYTES:
+            if rows:
+                yield Chunk(start, index, row, rows, size)
+            yield from _cut(index, row + rows, more_rows, more_bytes)
+            start, row, rows, size = index + 1, row + rows + more_rows, 0, 0
+            continue
         rows, size = rows + more_rows, size + more_bytes
         if size >= CHUNK_BYTES:
             yield Chunk(start, index + 1, row, rows, size)
             start, row, rows, size = index + 1, row + rows, 0, 0
     if rows:
         yield Chunk(start, index + 1, row, rows, size)
+
+
+def _cut(index: int, first_row: int, rows: int, size: int) -> Iterator[Chunk]:
+    count = min(-(-size // (_LARGEST * CHUNK_BYTES)), max(rows, 1))
+    edges = [rows * part // count for part in range(count + 1)]
+    for skip, stop in itertools.pairwise(edges):
+        yield Chunk(index, index + 1, first_row + skip, stop - skip, size // count, skip)
 
 
 def _row_groups(file: LocalFile) -> Iterator[tuple[int, int]]:
@@ -128,9 +154,10 @@ def _row_groups(file: LocalFile) -> Iterator[tuple[int, int]]:
 def _parquet(file: LocalFile, chunk: Chunk) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
-    with _readable(file), pq.ParquetFile(file.path) as source:
-        for batch in source.iter_batches(row_groups=list(range(chunk.start, chunk.stop))):
-            yield from batch.to_pylist()
+    # pre_buffer=False: pages are read as they are needed, not whole columns of a row group.
+    with _readable(file), pq.ParquetFile(file.path, pre_buffer=False) as source:
+        groups = list(range(chunk.start, chunk.stop))
+        yield from _rows_of(source.iter_batches(_BATCH_ROWS, row_groups=groups), chunk)
 
 
 def _batches(file: LocalFile) -> Iterator[tuple[int, int]]:
@@ -141,8 +168,19 @@ def _batches(file: LocalFile) -> Iterator[tuple[int, int]]:
 
 def _arrow(file: LocalFile, chunk: Chunk) -> Iterator[dict]:
     with _readable(file):
-        for batch in _record_batches(file, chunk.start, chunk.stop):
-            yield from batch.to_pylist()
+        yield from _rows_of(_record_batches(file, chunk.start, chunk.stop), chunk)
+
+
+def _rows_of(batches: Iterable[Any], chunk: Chunk) -> Iterator[dict]:
+    """The chunk's rows of the batches that begin with `chunk.start`."""
+    begin, stop, at = chunk.skip, chunk.skip + chunk.rows, 0
+    for batch in batches:
+        for first in range(max(begin - at, 0), min(stop - at, batch.num_rows), _BATCH_ROWS):
+            last = min(first + _BATCH_ROWS, stop - at)
+            yield from batch.slice(first, last - first).to_pylist()
+        at += batch.num_rows
+        if at >= stop:
+            return
 
 
 def _record_batches(file: LocalFile, start: int, stop: int | None) -> Iterator[Any]:

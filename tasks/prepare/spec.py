@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regrow.tasks.prepare.formats.registry import FORMATS, format_name
-from regrow.tasks.prepare.sources import Rows, file_kind, parse_split
+from regrow.tasks.prepare.folders import file_kind
+from regrow.tasks.prepare.formats.registry import FORMATS, format_name, kind_of
+from regrow.tasks.prepare.slices import Rows, parse_splits
 from regrow.tasks.prepare.templates import fallback_text, template_text
 from regrow.tasks.stage import StageError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same spec would give other bytes."""
+
+
+DatasetFiles = Sequence[Mapping[str, str]]
+"""For each part of a dataset's split {place: digest}, in order."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +26,38 @@ class SourceFile:
     """A file by its content: where it lies does not change what is made of it."""
 
     sha256: str
+    """Of its bytes; of a remote file that is streamed, of what `sources.identity` says."""
     kind: str
     """json, jsonl, csv, tsv, parquet, arrow or text."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of some files, such as `train[:10%]`."""
+
+    files: tuple[SourceFile, ...]
+    """In order; their rows count from the first file's first."""
+    rows: Rows = field(default_factory=Rows)
+    """Which of the rows are used."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """One source of examples."""
 
-    files: tuple[SourceFile, ...]
-    """In order; their rows count from the first file's first."""
+    parts: tuple[Part, ...]
+    """Used one after the other."""
     format: str
     """Name in `formats.registry.FORMATS`."""
     options: Any
     """The format's own `Options`."""
-    rows: Rows = field(default_factory=Rows)
-    """Which of the rows are used."""
+    weight: float = 1
+    """How often each example is used; of a stream, its share of the tokens."""
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Of all parts, each once."""
+        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,8 @@ class PrepareSpec:
 
     datasets: tuple[DatasetSpec, ...]
     test_datasets: tuple[DatasetSpec, ...]
+    kind: str
+    """What all examples are: sft, preference, unpaired, steps or prompts."""
     tokenizer: str
     """Digest of the tokenizer's files, or its commit on the hub."""
     chat_template: str | None
@@ -55,16 +78,28 @@ class PrepareSpec:
     """Role (`pad_token`, ...) -> text, or texts for `additional_special_tokens`."""
     tokens: tuple[str, ...]
     sequence_len: int
+    eval_sequence_len: int
     sample_packing: bool
     eval_sample_packing: bool
+    packs_in_order: bool
+    """Rows are filled with the examples in their order."""
     excess_length_strategy: str
     """drop, truncate, split or raise."""
     min_sample_len: int
     """Examples of fewer tokens are dropped."""
     val_set_size: float
     """Below 1: the fraction of examples held back; else their number."""
-    shuffle_merged_datasets: bool
+    leakage: str
+    """What happens to training examples that are in `test_datasets` too: drop, keep or error."""
+    row_order: str
+    """mixed; datasets (mixed within each, one after the other); or sources (as they come)."""
     deduplicate: bool
+    shard_num: int
+    """Parts that the training examples are divided into ..."""
+    shard_idx: int
+    """... and the one that is used."""
+    stream_rows: int | None
+    """Rows that training will use, if `datasets` are read no further than that."""
     seed: int
 
     @classmethod
@@ -72,47 +107,60 @@ class PrepareSpec:
         cls,
         recipe: Any,
         *,
-        dataset_files: Sequence[Mapping[str, str]],
-        test_dataset_files: Sequence[Mapping[str, str]] = (),
+        dataset_files: Sequence[DatasetFiles],
+        test_dataset_files: Sequence[DatasetFiles] = (),
         tokenizer_digest: str,
     ) -> PrepareSpec:
         """The spec that a recipe means for files of known content.
 
         Args:
-            dataset_files: for each of `recipe.datasets`, {place: sha256} in the order that
-                `sources.resolve` gave.
+            dataset_files: for each of `recipe.datasets`, and for each part of its split, {place:
+                digest} in the order that `sources.resolve` gave.
             test_dataset_files: the same for `recipe.test_datasets`.
             tokenizer_digest: what identifies the tokenizer's files.
 
         Raises:
-            StageError: for a type, file type, split or template that is not known.
+            StageError: for a type, file type, split or template that is not known, and for
+                datasets of different kinds.
         """
         packs_eval = recipe.eval_sample_packing
-        size = float(recipe.val_set_size or 0)
-        if size >= 1 and not size.is_integer():
-            raise StageError(
-                f"val_set_size: {size} is neither a fraction below 1 nor a whole number"
-            )
+        datasets = _datasets(recipe, recipe.datasets, dataset_files, "datasets")
+        tests = _datasets(recipe, recipe.test_datasets, test_dataset_files, "test_datasets")
         return cls(
-            datasets=_datasets(recipe, recipe.datasets, dataset_files, "datasets"),
-            test_datasets=_datasets(
-                recipe, recipe.test_datasets, test_dataset_files, "test_datasets"
-            ),
+            datasets=datasets,
+            test_datasets=tests,
+            kind=_one_kind(datasets, tests),
             tokenizer=tokenizer_digest,
             chat_template=template_text(recipe.chat_template, recipe.chat_template_jinja),
             fallback_template=_fallback_template(recipe),
             special_tokens=_special_tokens(recipe.special_tokens),
             tokens=tuple(recipe.tokens or ()),
             sequence_len=recipe.sequence_len,
+            eval_sequence_len=recipe.eval_sequence_len or recipe.sequence_len,
             sample_packing=bool(recipe.sample_packing),
             eval_sample_packing=bool(recipe.sample_packing if packs_eval is None else packs_eval),
+            packs_in_order=recipe.sample_packing_sequentially,
             excess_length_strategy=recipe.excess_length_strategy,
             min_sample_len=recipe.min_sample_len or 0,
-            val_set_size=0.0 if recipe.test_datasets else size,
-            shuffle_merged_datasets=recipe.shuffle_merged_datasets,
+            val_set_size=0.0 if recipe.test_datasets else _val_set_size(recipe),
+            leakage=recipe.validation_leakage if tests else "drop",
+            row_order=_row_order(recipe),
             deduplicate=recipe.dataset_exact_deduplication,
+            shard_num=recipe.dataset_shard_num or 1,
+            shard_idx=recipe.dataset_shard_idx or 0,
+            stream_rows=_stream_rows(recipe),
             seed=recipe.seed,
         )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a training row may hold: of pairs, both sequences."""
+        return self.sequence_len * (2 if self.kind == "preference" else 1)
+
+    @property
+    def eval_capacity(self) -> int:
+        """Tokens that a validation row may hold."""
+        return self.eval_sequence_len * (2 if self.kind == "preference" else 1)
 
     @property
     def validates(self) -> bool:
@@ -139,14 +187,14 @@ class PreparePlacement:
         cls,
         recipe: Any,
         *,
-        dataset_files: Sequence[Mapping[str, str]],
-        test_dataset_files: Sequence[Mapping[str, str]] = (),
+        dataset_files: Sequence[DatasetFiles],
+        test_dataset_files: Sequence[DatasetFiles] = (),
         tokenizer_path: str,
     ) -> PreparePlacement:
         """The placement for a recipe; arguments as in `PrepareSpec.from_recipe`."""
-        places = [*dataset_files, *test_dataset_files]
+        parts = [files for dataset in (*dataset_files, *test_dataset_files) for files in dataset]
         return cls(
-            locations={digest: place for files in places for place, digest in files.items()},
+            locations={digest: place for files in parts for place, digest in files.items()},
             tokenizer_path=tokenizer_path,
             trust_remote_code=recipe.trust_remote_code,
             num_proc=recipe.dataset_num_proc or _cores(),
@@ -154,27 +202,73 @@ class PreparePlacement:
 
 
 def _datasets(
-    recipe: Any, datasets: Sequence[Any], files: Sequence[Mapping[str, str]], key: str
+    recipe: Any, datasets: Sequence[Any], files: Sequence[DatasetFiles], key: str
 ) -> tuple[DatasetSpec, ...]:
     assert len(datasets) == len(files), f"{key}: {len(datasets)} datasets, {len(files)} file lists"
     pairs = enumerate(zip(datasets, files, strict=True))
     return tuple(_dataset(recipe, dataset, its, f"{key}.{i}") for i, (dataset, its) in pairs)
 
 
-def _dataset(recipe: Any, dataset: Any, files: Mapping[str, str], key: str) -> DatasetSpec:
-    name = format_name(dataset.type, key)
-    _, rows = parse_split(dataset.split, key)
+def _dataset(recipe: Any, dataset: Any, files: DatasetFiles, key: str) -> DatasetSpec:
+    name = format_name(dataset.type, key, recipe.data_kind)
     if (dataset.shards_idx or 0) >= (dataset.shards or 1):
         raise StageError(
             f"{key}.shards_idx: {dataset.shards_idx} is not below shards ({dataset.shards or 1})"
         )
-    kinds = {place: file_kind(place, dataset.ds_type, key) for place in files}
+    splits = parse_splits(dataset.split, key)
     return DatasetSpec(
-        files=tuple(SourceFile(digest, kinds[place]) for place, digest in files.items()),
+        parts=tuple(
+            Part(
+                tuple(
+                    SourceFile(digest, file_kind(place, dataset.ds_type, key))
+                    for place, digest in its.items()
+                ),
+                # Rows are left out once, at the beginning of the first part.
+                rows.narrowed(0 if i else dataset.skip, dataset.shards, dataset.shards_idx),
+            )
+            for i, ((_, rows), its) in enumerate(zip(splits, files, strict=True))
+        ),
         format=name,
         options=FORMATS[name].Options.from_recipe(dataset, recipe),
-        rows=rows.sharded(dataset.shards, dataset.shards_idx),
+        weight=dataset.weight,
     )
+
+
+def _one_kind(datasets: Sequence[DatasetSpec], tests: Sequence[DatasetSpec]) -> str:
+    """The kind of all datasets. Raises StageError when they differ."""
+    keyed = [(f"datasets.{i}", d) for i, d in enumerate(datasets)]
+    keyed += [(f"test_datasets.{i}", d) for i, d in enumerate(tests)]
+    kinds = {key: kind_of(d.format) for key, d in keyed}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{key} {kind}" for key, kind in kinds.items())
+        raise StageError(
+            f"datasets: all of one run must be of one kind, and these are {told}. Check their "
+            "`type`, or make a recipe for each kind"
+        )
+    return next(iter(kinds.values()), "sft")
+
+
+def _val_set_size(recipe: Any) -> float:
+    """Raises StageError for 1.5, which is neither a share nor a number of examples."""
+    size = float(recipe.val_set_size or 0)
+    if size >= 1 and not size.is_integer():
+        raise StageError(f"val_set_size: {size} is neither a fraction below 1 nor a whole number")
+    return size
+
+
+def _row_order(recipe: Any) -> str:
+    if recipe.shuffle_merged_datasets:
+        return "mixed"
+    return "datasets" if recipe.shuffle_before_merging_datasets else "sources"
+
+
+def _stream_rows(recipe: Any) -> int | None:
+    """Raises StageError when nothing says where a stream ends."""
+    if not recipe.streaming:
+        return None
+    if not recipe.max_steps:
+        raise StageError("streaming: reads as far as `max_steps` needs it; add `max_steps`")
+    return recipe.max_steps * recipe.global_batch_size
 
 
 def _fallback_template(recipe: Any) -> str | None:

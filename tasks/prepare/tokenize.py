@@ -6,20 +6,26 @@ Imports neither torch nor Transformers, so that a process starts in a moment.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from regrow.tasks.prepare.alignment import Aligner
 from regrow.tasks.prepare.encoding import Encoder, Tokens
-from regrow.tasks.prepare.example import RowError
-from regrow.tasks.prepare.formats.registry import FORMATS
+from regrow.tasks.prepare.example import Item, RowError
+from regrow.tasks.prepare.formats.registry import FORMATS, kind_of
 from regrow.tasks.prepare.localize import LocalFile
 from regrow.tasks.prepare.masking import MaskRules
 from regrow.tasks.prepare.readers import Chunk, read_rows
-from regrow.tasks.prepare.tokenizer import SavedTokenizer
+from regrow.tasks.prepare.tokenizer import SavedTokenizer, load_backend
 from regrow.tasks.stage import StageError
+
+_ROWS = 1024
+"""Rows read before they are tokenized: a chunk of a Parquet file may hold many more."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +53,40 @@ class ChunkTask:
 
 @dataclass(frozen=True)
 class Block:
-    """The examples of a chunk, one after the other."""
+    """The items of a chunk, one after the other."""
 
     input_ids: np.ndarray
     """int32 [tokens]."""
     loss_mask: np.ndarray
     """uint8 [tokens]."""
-    lengths: np.ndarray
-    """int32 [examples]."""
+    seq_lens: np.ndarray
+    """int32 [sequences]: tokens of each."""
+    sequences: np.ndarray
+    """int32 [items]: sequences of each."""
+    labels: np.ndarray
+    """uint8 [labels], of all items."""
+    label_counts: np.ndarray
+    """int32 [items]: labels of each."""
+    extra: list[str | None]
+    """[items]."""
     supervised: np.ndarray
-    """int32 [examples]: ones in the mask of each."""
+    """int32 [items]: ones in the mask of each."""
     prompt_lens: np.ndarray
-    """int32 [examples]."""
+    """int32 [items]: tokens before the last trained message of its first sequence."""
     digests: np.ndarray
-    """uint64 [examples]: of the tokens and the mask. Equal examples have equal digests."""
+    """uint64 [items]: of all of the above. Equal items have equal digests."""
     unended: int
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An item with the tokens of its sequences."""
+
+    item: Item
+    sequences: list[Tokens]
 
 
 def encode_chunk(task: ChunkTask) -> Block:
@@ -74,36 +96,122 @@ def encode_chunk(task: ChunkTask) -> Block:
         StageError: for a row that cannot be used, naming the file and the row.
     """
     encoding = task.encoding
-    read = FORMATS[encoding.format].read
-    encode = _encoder(encoding.tokenizer, encoding.template, encoding.rules).encode
-    examples: list[Tokens] = []
+    kind = kind_of(encoding.format)
+    encoder = _encoder(encoding.tokenizer, encoding.template, encoding.rules)
+    items = _items(task)
+    done: list[_Encoded] = []
+    while some := list(islice(items, _ROWS)):
+        try:
+            done += _encode([item for _, item in some], encoder, kind)
+        except RowError:
+            _name_the_row(task, some, encoder, kind)
+            raise
+    return _block(done)
+
+
+@lru_cache(maxsize=64)  # a process meets the chunks of many datasets in turn
+def _encoder(tokenizer: SavedTokenizer, template: str | None, rules: MaskRules) -> Encoder:
+    return Encoder(tokenizer, template, rules, _aligner(tokenizer.path))
+
+
+@lru_cache(maxsize=1)
+def _aligner(path: str) -> Aligner:
+    """The tokenizer of a stage, which takes some tenths of a second and 50 MB and more to load."""
+    return Aligner(load_backend(path))
+
+
+def _items(task: ChunkTask) -> Iterator[tuple[int, Item]]:
+    read, options = FORMATS[task.encoding.format].read, task.encoding.options
     for number, row in read_rows(task.file, task.chunk, task.low, task.high):
         try:
-            examples.append(encode(read(row, encoding.options)))
+            found = read(row, options)
         except RowError as error:
             raise StageError(f"{task.file.where(number)}: {error}") from error
-    return _block(examples)
+        yield number, found if isinstance(found, Item) else Item((found,))
 
 
-# A process meets one dataset after the other; each has one encoder, which takes a tenth of a second
-# and more to load (measured, SmolLM2's tokenizer.json).
-_encoder = lru_cache(maxsize=4)(Encoder)
+def _encode(items: Sequence[Item], encoder: Encoder, kind: str) -> list[_Encoded]:
+    tokens = iter(encoder.encode_many([source for item in items for source in item.sequences]))
+    encoded = [_Encoded(item, list(islice(tokens, len(item.sequences)))) for item in items]
+    for each in encoded:
+        _check_labels(each, kind)
+    if kind == "preference":
+        encoded = [_Encoded(each.item, _from_one_context(each.sequences)) for each in encoded]
+    return encoded
 
 
-def _block(examples: list[Tokens]) -> Block:
-    empty_ids, empty_mask = np.empty(0, np.int32), np.empty(0, np.uint8)
+def _from_one_context(pair: list[Tokens]) -> list[Tokens]:
+    """Both answers learnt from where the first of them begins.
+
+    Where the tokenizer joined the end of the prompt to one answer, the other is learnt from that
+    token on too: else the probabilities of the two would be given different beginnings (as in TRL).
+    """
+    shared = min(tokens.prompt_len for tokens in pair)
+    for tokens in pair:
+        tokens.loss_mask[max(shared, 1) : tokens.prompt_len] = 1
+    return [replace(tokens, prompt_len=shared) for tokens in pair]
+
+
+def _name_the_row(
+    task: ChunkTask, numbered: Iterable[tuple[int, Item]], encoder: Encoder, kind: str
+) -> None:
+    """Many rows were tokenized at once and one is at fault: find it."""
+    for number, item in numbered:
+        try:
+            _encode([item], encoder, kind)
+        except RowError as error:
+            raise StageError(f"{task.file.where(number)}: {error}") from error
+
+
+_SEQUENCES = {"preference": 2}
+"""Of an item of each kind; one for the others."""
+
+
+def _check_labels(encoded: _Encoded, kind: str) -> None:
+    item, sequences = encoded.item, _SEQUENCES.get(kind, 1)
+    if len(item.sequences) != sequences:
+        raise RowError(f"it gives {len(item.sequences)} sequences where {kind} has {sequences}")
+    if kind == "steps":
+        wanted = int(encoded.sequences[0].loss_mask.sum())
+    else:
+        wanted = {"preference": 2, "unpaired": 1}.get(kind, 0)
+    if len(item.labels) != wanted:
+        raise RowError(
+            f"it gives {len(item.labels)} labels where {wanted} are needed"
+            + (", one for each step; is one of the steps empty?" if kind == "steps" else "")
+        )
+    if any(not 0 <= label <= 255 for label in item.labels):
+        raise RowError(f"labels must be from 0 to 255, not {item.labels}")
+
+
+def _block(encoded: list[_Encoded]) -> Block:
+    tokens = [sequence for each in encoded for sequence in each.sequences]
+    labels = [label for each in encoded for label in each.item.labels]
+    supervised = [sum(int(s.loss_mask.sum()) for s in each.sequences) for each in encoded]
     return Block(
-        input_ids=np.concatenate([empty_ids, *(e.input_ids for e in examples)]),
-        loss_mask=np.concatenate([empty_mask, *(e.loss_mask for e in examples)]),
-        lengths=np.array([len(e.input_ids) for e in examples], np.int32),
-        supervised=np.array([e.loss_mask.sum() for e in examples], np.int32),
-        prompt_lens=np.array([e.prompt_len for e in examples], np.int32),
-        digests=np.array([_digest(e) for e in examples], np.uint64),
-        unended=sum(e.unended for e in examples),
+        input_ids=np.concatenate([np.empty(0, np.int32), *(t.input_ids for t in tokens)]),
+        loss_mask=np.concatenate([np.empty(0, np.uint8), *(t.loss_mask for t in tokens)]),
+        seq_lens=np.array([len(t.input_ids) for t in tokens], np.int32),
+        sequences=np.array([len(each.sequences) for each in encoded], np.int32),
+        labels=np.array(labels, np.uint8),
+        label_counts=np.array([len(each.item.labels) for each in encoded], np.int32),
+        extra=[each.item.extra for each in encoded],
+        supervised=np.array(supervised, np.int32),
+        prompt_lens=np.array([each.sequences[0].prompt_len for each in encoded], np.int32),
+        digests=np.array([_digest(each) for each in encoded], np.uint64),
+        unended=sum(t.unended for t in tokens),
     )
 
 
-def _digest(example: Tokens) -> int:
-    hashed = hashlib.blake2b(example.input_ids.astype("<i4").tobytes(), digest_size=8)
-    hashed.update(example.loss_mask.tobytes())
+def _digest(encoded: _Encoded) -> int:
+    hashed = hashlib.blake2b(digest_size=8)
+    for sequence in encoded.sequences:
+        hashed.update(sequence.input_ids.astype("<i4", copy=False).data)
+    for sequence in encoded.sequences:
+        hashed.update(sequence.loss_mask.data)
+    item = encoded.item
+    if len(item.sequences) > 1 or item.labels or item.extra is not None:
+        # Where one part ends and the next begins belongs to what they say.
+        lengths = [len(sequence.input_ids) for sequence in encoded.sequences]
+        hashed.update(repr((lengths, item.labels, item.extra)).encode())
     return int.from_bytes(hashed.digest(), "little")

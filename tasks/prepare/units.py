@@ -7,29 +7,32 @@ the same; packing, lengths and splits may change without tokenizing anything aga
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from regrow.tasks.prepare.chunk_pool import ChunkPool, Locks, all_of
 from regrow.tasks.prepare.localize import LocalFile, localize
 from regrow.tasks.prepare.readers import Chunk, find_chunks
-from regrow.tasks.prepare.spec import VERSION, DatasetSpec, SourceFile
+from regrow.tasks.prepare.spec import VERSION, DatasetSpec, Part, SourceFile
 from regrow.tasks.prepare.tokenize import Block, ChunkTask, RowEncoding, encode_chunk
-from regrow.tasks.stage import StageError, UnitCache
+from regrow.tasks.prepare.unit_files import UNIT_FILE, write_unit
+from regrow.tasks.stage import StageError, UnitCache, fingerprint
 
 UNIT_BYTES = 64 << 20
 """Source bytes of a unit: about 16 M tokens, half a minute of work on one core, so that little is
 lost with an interrupted run, and few enough units that a store lists them at once."""
 
-UNIT_FILE = "tokens.arrow"
+_UNITS_AT_ONCE = 8
+"""Each has an open file and waits for a store now and then."""
+
+Told = Callable[[int, int], None]
+"""Takes rows and tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,15 @@ class Sources:
     def __init__(self, locations: Mapping[str, str], scratch: Path, units: UnitCache) -> None:
         self._locations, self._scratch, self._units = locations, scratch, units
         self._local: dict[SourceFile, LocalFile] = {}
+        self._locks = Locks()
 
     def local(self, source: SourceFile) -> LocalFile:
         """The file, readable here. Raises StageError when it is not what was planned."""
-        if source not in self._local:
-            place = self._locations[source.sha256]
-            self._local[source] = localize(place, source.sha256, source.kind, self._scratch)
-        return self._local[source]
+        with self._locks.of(source.sha256 + source.kind):
+            if source not in self._local:
+                place = self._locations[source.sha256]
+                self._local[source] = localize(place, source.sha256, source.kind, self._scratch)
+            return self._local[source]
 
     def chunks(self, source: SourceFile) -> list[Chunk]:
         """The chunks of a file: looked up, so that a file all of whose units exist is not read."""
@@ -84,14 +89,15 @@ class Sources:
 
     def slices(self, dataset: DatasetSpec) -> list[Slice]:
         """The slices of those rows that a dataset uses, in order."""
-        per_file = [self.chunks(source) for source in dataset.files]
+        return [piece for part in dataset.parts for piece in self._of_part(part)]
+
+    def _of_part(self, part: Part) -> Iterator[Slice]:
+        per_file = [self.chunks(source) for source in part.files]
         rows = [sum(chunk.rows for chunk in chunks) for chunks in per_file]
-        low, high = dataset.rows.bounds(sum(rows))
-        firsts = [0, *itertools.accumulate(rows)]
-        slices: list[Slice] = []
-        for source, chunks, first in zip(dataset.files, per_file, firsts, strict=False):
-            slices += _slices(source, chunks, low - first, high - first)
-        return slices
+        low, high = part.rows.bounds(sum(rows))
+        firsts = itertools.accumulate(rows, initial=0)
+        for source, chunks, first in zip(part.files, per_file, firsts, strict=False):
+            yield from _slices(source, chunks, low - first, high - first)
 
 
 def _slices(source: SourceFile, chunks: Sequence[Chunk], low: int, high: int) -> Iterator[Slice]:
@@ -119,7 +125,7 @@ class Unit:
 
 
 class Tokenizing:
-    """Builds units. A context manager.
+    """Builds units, several at once. A context manager.
 
     Args:
         identity: what of the tokenizer enters a unit's key.
@@ -130,6 +136,7 @@ class Tokenizing:
         self._units, self._sources, self._identity = units, sources, identity
         self._num_proc = num_proc
         self._stack = ExitStack()
+        self._locks = Locks()
 
     def __enter__(self) -> Tokenizing:
         return self
@@ -137,11 +144,31 @@ class Tokenizing:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def unit(self, part: Slice, encoding: RowEncoding, told: Callable[[int], None]) -> Unit:
+    def units(self, wanted: Sequence[tuple[Slice, RowEncoding]], told: Told) -> list[Unit]:
+        """The units of slices, in this order; several are worked at, so that small ones do not
+        leave processes idle.
+
+        Args:
+            told: called, by one thread at a time, with the rows and tokens that are done.
+        """
+        if self._num_proc == 1:
+            return [self.unit(part, encoding, told) for part, encoding in wanted]
+        one = threading.Lock()
+
+        def tell(rows: int, tokens: int) -> None:
+            with one:
+                told(rows, tokens)
+
+        def build(pair: tuple[Slice, RowEncoding]) -> Unit:
+            return self.unit(*pair, tell)
+
+        return all_of(build, wanted, min(self._num_proc + 1, _UNITS_AT_ONCE), self._chunks.stop)
+
+    def unit(self, part: Slice, encoding: RowEncoding, told: Told) -> Unit:
         """The unit of a slice, built now if it is not there.
 
         Args:
-            told: called with the number of rows that have just been done.
+            told: called with the rows and the tokens that have just been done.
         """
         spec = {
             "source": part.source,
@@ -156,67 +183,28 @@ class Tokenizing:
             file = self._sources.local(part.source)
             tasks = [ChunkTask(encoding, file, c, part.low, part.high) for c in part.chunks]
             try:
-                return _write_unit(self._encoded(tasks, told), out / UNIT_FILE)
+                return write_unit(self._encoded(tasks, told), out / UNIT_FILE)
             except BrokenProcessPool as error:
                 raise StageError(
                     "a tokenizing process was killed, most likely for want of memory. Set "
                     f"`dataset_num_proc` lower than {self._num_proc}, or run again"
                 ) from error
 
-        path, result, built = self._units.get_or_build("tokens", VERSION, spec, build)
+        with self._locks.of(fingerprint(spec)):  # two datasets may hold the same rows
+            path, result, built = self._units.get_or_build("tokens", VERSION, spec, build)
         if not built:
-            told(len(part))
+            told(len(part), result["tokens"])
         return Unit(path / UNIT_FILE, result["examples"], result["tokens"], result["unended"])
 
-    def _encoded(self, tasks: list[ChunkTask], told: Callable[[int], None]) -> Iterator[Block]:
-        blocks: Iterable[Block] = map(encode_chunk, tasks)
-        if self._num_proc > 1:
-            blocks = self._processes.map(encode_chunk, tasks)
+    def _encoded(self, tasks: list[ChunkTask], told: Told) -> Iterator[Block]:
+        alone = self._num_proc == 1
+        blocks = map(encode_chunk, tasks) if alone else self._chunks.encoded(tasks)
         for task, block in zip(tasks, blocks, strict=True):
             chunk = task.chunk
             end = min(task.high, chunk.first_row + chunk.rows)
-            told(end - max(task.low, chunk.first_row))
+            told(end - max(task.low, chunk.first_row), len(block.input_ids))
             yield block
 
     @cached_property
-    def _processes(self) -> Executor:
-        # spawn: a forked child of a process with threads (Prefect, Arrow) may hang.
-        pool = ProcessPoolExecutor(self._num_proc, mp_context=get_context("spawn"))
-        self._stack.callback(pool.shutdown, cancel_futures=True)
-        return pool
-
-
-_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.uint8())),
-        ("supervised", pa.int32()),
-        ("prompt_len", pa.int32()),
-        ("digest", pa.uint64()),
-    ]
-)
-
-
-def _write_unit(blocks: Iterator[Block], path: Path) -> dict[str, Any]:
-    """Blocks as they come, not compressed: packing reads examples from all over the file."""
-    examples = tokens = unended = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for block in blocks:
-            writer.write_batch(_record_batch(block))
-            examples, tokens = examples + len(block), tokens + len(block.input_ids)
-            unended += block.unended
-    return {"examples": examples, "tokens": tokens, "unended": unended}
-
-
-def _record_batch(block: Block) -> pa.RecordBatch:
-    offsets = pa.array([0, *itertools.accumulate(block.lengths.tolist())], pa.int32())
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.ListArray.from_arrays(offsets, pa.array(block.input_ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(block.loss_mask)),
-            pa.array(block.supervised),
-            pa.array(block.prompt_lens),
-            pa.array(block.digests),
-        ],
-        schema=_SCHEMA,
-    )
+    def _chunks(self) -> ChunkPool:
+        return self._stack.enter_context(ChunkPool(self._num_proc))

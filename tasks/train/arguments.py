@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from regrow.tasks.stage import StageError
+from regrow.tasks.train.optimizers import check_optimizer, transformers_arguments
+from regrow.tasks.train.parallel import parallel_settings
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
 
 
@@ -37,13 +39,16 @@ def training_arguments(
     Raises:
         StageError: for a setting that Transformers refuses.
     """
+    check_optimizer(spec)
+    if spec.quantization:
+        spec.quantization.config()  # its package is missed now, not after the model is read
     settings: dict[str, Any] = {
         "output_dir": str(scratch),
         "seed": spec.seed,
-        "optim": spec.optimizer,
+        **transformers_arguments(spec),
         "learning_rate": spec.learning_rate,
-        "lr_scheduler_type": spec.lr_scheduler,
-        "lr_scheduler_kwargs": dict(spec.lr_scheduler_kwargs),
+        "lr_scheduler_type": "constant",  # the real one: `Optimization.create_scheduler`
+        "metric_for_best_model": "loss",  # what a plateau is looked for in
         "weight_decay": spec.weight_decay,
         "adam_beta1": spec.adam_beta1,
         "adam_beta2": spec.adam_beta2,
@@ -53,6 +58,7 @@ def training_arguments(
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "no",
+        "save_only_model": True,  # the rest is saved by `SaveCheckpoints`
         "logging_nan_inf_filter": False,
         "report_to": [],
         "disable_tqdm": True,
@@ -62,6 +68,7 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         "dataloader_num_workers": placement.dataloader_num_workers,
         **_checkpointing(placement),
+        **parallel_settings(spec, placement),
     }
     try:
         return TrainingArguments(**settings)

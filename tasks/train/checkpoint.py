@@ -1,31 +1,26 @@
-"""Durable checkpoints: published whole into the artifact store, found again and resumed from.
+"""Durable checkpoints in the artifact store: complete or invisible, found again, pruned.
 
-The Trainer writes a checkpoint into a local scratch directory that nothing ever reads back; what
-counts is the artifact `<key>/step-00000020`, which is complete or invisible.
+A checkpoint is the artifact `<key>/step-00000020`. Every machine uploads its own ranks' files; the
+record, written last, makes them one checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
-from regrow.infra.artifacts import ArtifactDamaged, Record
-from regrow.tasks.train.metrics import Meter, MetricsFile
+from regrow.infra.artifacts import ArtifactDamaged, FileEntry, Record
 
 logger = logging.getLogger(__name__)
 
 TOTALS_FILE = "totals.json"
 METRICS_FILE = "metrics.jsonl"
-
-# What Transformers and PEFT add and no resume reads: pickled settings with paths, a model card.
-_NOT_KEPT = ("training_args.bin", "README.md")
 
 
 class Store(Protocol):
@@ -35,10 +30,12 @@ class Store(Protocol):
     def fetch(self, record: Record) -> Path: ...
     def children(self, prefix: str) -> list[str]: ...
     def remove(self, key: str) -> None: ...
-    def publish(
+    def upload(self, key: str, attempt: str, local_dir: Path) -> dict[str, FileEntry]: ...
+    def seal(
         self,
         key: str,
-        local_dir: Path,
+        attempt: str,
+        files: Mapping[str, FileEntry],
         *,
         stage: str,
         spec: Any,
@@ -76,11 +73,16 @@ class Checkpoints:
         assert record is not None, step
         return Checkpoint(step, self._store.fetch(record))
 
-    def publish(self, step: int, directory: Path, spec: Any) -> None:
-        """Store a finished local directory; prune what is older than the newest few."""
-        self._store.publish(
+    def upload(self, step: int, attempt: str, directory: Path) -> dict[str, FileEntry]:
+        """Store one rank's files of a checkpoint; invisible until `seal`."""
+        return self._store.upload(self._key(step), attempt, directory)
+
+    def seal(self, step: int, attempt: str, files: Mapping[str, FileEntry], spec: Any) -> None:
+        """Make the ranks' files a checkpoint; prune what is older than the newest few."""
+        self._store.seal(
             self._key(step),
-            directory,
+            attempt,
+            files,
             stage="checkpoint",
             spec=spec,
             inputs={},
@@ -118,49 +120,3 @@ def agree_on_newest(checkpoints: Checkpoints, args: TrainingArguments) -> Checkp
         checkpoints.at(answer[0])
     torch.distributed.barrier()
     return checkpoints.at(answer[0])
-
-
-class PublishCheckpoints(TrainerCallback):
-    """Publishes each checkpoint that the Trainer has written, and removes the local files."""
-
-    def __init__(
-        self, checkpoints: Checkpoints, meter: Meter, metrics: MetricsFile | None, spec: Any
-    ) -> None:
-        """`metrics` is the metrics file on rank 0, None on the others."""
-        self._checkpoints, self._meter, self._metrics = checkpoints, meter, metrics
-        self._spec = spec
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Called on all ranks after the Trainer's own files are written."""
-        directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        with self._meter.paused():
-            self._meter.settle(args.device)
-            if args.world_size > 1:
-                _bring_random_states_together(directory, args)
-            if self._metrics is not None:
-                self._meter.totals.write(directory / TOTALS_FILE)
-                shutil.copyfile(self._metrics.path, directory / METRICS_FILE)
-                for name in _NOT_KEPT:
-                    (directory / name).unlink(missing_ok=True)
-                self._checkpoints.publish(state.global_step, directory, self._spec)
-                logger.info("checkpoint of step %d is safe", state.global_step)
-            if args.world_size > 1:
-                torch.distributed.barrier()
-            if args.local_process_index == 0:
-                shutil.rmtree(directory)
-
-
-def _bring_random_states_together(directory: Path, args: TrainingArguments) -> None:
-    """Each rank writes its random state on its own machine; rank 0 publishes from its own."""
-    name = f"rng_state_{args.process_index}.pth"
-    states: list[Any] = [None] * args.world_size
-    torch.distributed.all_gather_object(states, (name, (directory / name).read_bytes()))
-    if args.process_index == 0:
-        for other, data in states:
-            (directory / other).write_bytes(data)

@@ -36,6 +36,8 @@ class WorkerJob:
     """Directory of this attempt: metrics.jsonl, result.json, unfinished checkpoints."""
     checkpoints: CheckpointPlace | None = None
     """None: nothing is saved before the end."""
+    start_adapter: Path | None = None
+    """Local directory of the adapter to go on from, where the spec names one."""
     tracking: Mapping[str, str] | None = None
     """{"uri", "run_id"} of an MLflow run for live metrics, or None."""
 
@@ -49,6 +51,11 @@ class WorkerJob:
         """What the worker found, written last."""
         return self.work / "result.json"
 
+    @property
+    def preempted_path(self) -> Path:
+        """Why and after which step training stopped before its end, when it did."""
+        return self.work / "preempted.json"
+
     def write(self, path: Path) -> None:
         """Store as JSON, paths as text."""
         data = {
@@ -59,6 +66,7 @@ class WorkerJob:
             "out": str(self.out),
             "work": str(self.work),
             "checkpoints": canonical(self.checkpoints),
+            "start_adapter": str(self.start_adapter) if self.start_adapter else None,
             "tracking": dict(self.tracking) if self.tracking else None,
         }
         path.write_text(json.dumps(data, indent=1, sort_keys=True))
@@ -76,5 +84,6 @@ class WorkerJob:
             out=Path(data["out"]),
             work=Path(data["work"]),
             checkpoints=CheckpointPlace(**place) if place else None,
+            start_adapter=Path(data["start_adapter"]) if data.get("start_adapter") else None,
             tracking=data.get("tracking"),
         )

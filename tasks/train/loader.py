@@ -23,6 +23,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> PackedRow: ...
+    def position(self, index: int) -> tuple[int, int]: ...
 
 
 class Order(Protocol):
@@ -54,22 +55,44 @@ class MicroBatches(Dataset[dict[str, Any]]):
 
     The number alone says which rows a micro-batch holds: any of them can be read without those
     before it, which is what makes resuming exact and free.
+
+    Args:
+        steps: of the whole training.
+        start: steps done already; index 0 is the first micro-batch after them.
     """
 
     def __init__(
-        self, rows: Rows, order: Order, split: Split, rank: int, steps: int, pad_to: int | None
+        self,
+        rows: Rows,
+        order: Order,
+        split: Split,
+        rank: int,
+        steps: int,
+        pad_to: int | None,
+        start: int = 0,
     ) -> None:
         self._rows, self._order, self._split, self._rank = rows, order, split, rank
-        self._length = steps * split.accumulation
+        self._length, self.start = (steps - start) * split.accumulation, start
         self._pad_to = None if pad_to is None else pad_to * split.micro_batch_size
 
     def __len__(self) -> int:
         return self._length
 
+    def indices(self, step: int, micro: int) -> list[int]:
+        """The rows of a micro-batch of this rank, by step (0-based, over all) and number in it."""
+        return [int(r) for r in self._split.rows(self._order.rows(step), self._rank, micro)]
+
+    def row(self, index: int) -> PackedRow:
+        """A row of the split."""
+        return self._rows[index]
+
+    def position(self, index: int) -> tuple[int, int]:
+        """(shard, row in it) of a row of the split."""
+        return self._rows.position(index)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         step, micro = divmod(index, self._split.accumulation)
-        indices = self._split.rows(self._order.rows(step), self._rank, micro)
-        rows = [self._rows[int(row)] for row in indices]
+        rows = [self._rows[row] for row in self.indices(self.start + step, micro)]
         return flatten(rows, self._pad_to) | {
             TOKENS: sum(len(row.input_ids) for row in rows),
             SUPERVISED: sum(int(row.loss_mask.sum()) for row in rows),

@@ -30,14 +30,16 @@ class Totals:
     supervised_tokens: int = 0
     seconds: float = 0.0
     """Time spent on steps; evaluations and checkpoints are not in it."""
+    saving_seconds: float = 0.0
+    """Time in which training waited for checkpoints to be copied."""
 
-    def write(self, path: Path) -> None:
-        """Store as JSON."""
-        path.write_text(json.dumps(asdict(self)))
+    def to_json(self) -> str:
+        """As one JSON object."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Totals:
-        """Parse what `write` wrote."""
+        """Parse a file of what `to_json` gave."""
         return cls(**json.loads(path.read_text()))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from regrow.infra import hub
 from regrow.infra.launch import WorkerFailed, run_workers
-from regrow.tasks.stage import Reporter, StageError, StageJob
+from regrow.tasks.stage import Reporter, StageJob
+from regrow.tasks.train.attempts import Attempts
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
 from regrow.tasks.train.metrics import thin
 from regrow.tasks.train.spec import TrainPlacement
@@ -33,7 +34,11 @@ def run(job: StageJob) -> dict[str, Any]:
     {seconds, tokens_per_second, peak_memory_gib, world_size, micro_batch_size, accumulation,
     device}.
 
+    A worker that dies, hangs or runs out of memory is followed by another one that goes on from the
+    newest checkpoint; see `Attempts`.
+
     Raises:
+        Preempted: when the recipe's time is up; the next run goes on.
         StageError: for what the user can mend.
         WorkerFailed: for any other failure of the worker.
     """
@@ -48,15 +53,23 @@ def run(job: StageJob) -> dict[str, Any]:
         out=work / "final",
         work=work,
         checkpoints=_checkpoint_place(job),
+        start_adapter=_start_adapter(placement),
         tracking=job.tracking,
     )
-    worker_job.write(work / "job.json")
-    log = (job.logs or work) / f"train-{job.stage.key[:12]}.log"
-    _launch(work / "job.json", log, placement.num_processes, job.report)
+    logs = job.logs or work
+    attempts = Attempts(worker_job, job.report, logs / f"train-{job.stage.key[:12]}")
+    while not _launch(attempts, logs / f"train-{job.stage.key[:12]}.log", job.report):
+        pass
     for path in sorted(worker_job.out.iterdir()):
         shutil.move(path, job.out / path.name)
     result = json.loads(worker_job.result_path.read_text())
     return result | {"history": thin(result["history"], _MOST_POINTS)}
+
+
+def _start_adapter(placement: TrainPlacement) -> Path | None:
+    if placement.start_adapter is None:
+        return None
+    return hub.local_directory(placement.start_adapter, "model", ("adapter_*",))
 
 
 def _checkpoint_place(job: StageJob) -> CheckpointPlace | None:
@@ -65,8 +78,11 @@ def _checkpoint_place(job: StageJob) -> CheckpointPlace | None:
     return CheckpointPlace(job.checkpoints, f"checkpoints/{job.stage.key}")
 
 
-def _launch(path: Path, log: Path, num_processes: int, report: Reporter) -> None:
+def _launch(attempts: Attempts, log: Path, report: Reporter) -> bool:
+    """One worker; False when another one is to go on where it ended."""
+
     def tell(line: str) -> None:
+        attempts.hear(line)
         progress = _PROGRESS.fullmatch(line)
         if progress:
             done, total, note = progress.groups()
@@ -74,31 +90,18 @@ def _launch(path: Path, log: Path, num_processes: int, report: Reporter) -> None
         elif line.strip() and not _TRACEBACK.match(line):
             report.log(line)
 
+    job = attempts.job
+    path = job.work / "job.json"
+    job.write(path)
     try:
-        run_workers(_WORKER, [str(path)], num_processes=num_processes, on_line=tell, log_path=log)
+        run_workers(
+            _WORKER,
+            [str(path)],
+            num_processes=job.placement.num_processes,
+            on_line=tell,
+            log_path=log,
+        )
     except WorkerFailed as failure:
-        raise _explained(failure) from failure
-
-
-def _explained(failure: WorkerFailed) -> Exception:
-    """A fault the user can mend as StageError; anything else as it is."""
-    name, _, message = failure.message.partition(": ")
-    if name == "StageError":
-        return StageError(message)
-    if "OutOfMemoryError" in failure.message or "out of memory" in failure.message:
-        return StageError(
-            f"the GPU has too little memory ({message.splitlines()[0]}). Lower micro_batch_size "
-            "and raise gradient_accumulation_steps by the same factor (the result stays the same), "
-            "set gradient_checkpointing: true, lower sequence_len, or train an adapter"
-        )
-    if "No space left" in failure.message or "os error 28" in failure.message:
-        return StageError(
-            "training: there is no space left for its checkpoints or result; free some, set "
-            "REGROW_HOME to another disk, or lower save_total_limit"
-        )
-    if "bitsandbytes" in failure.message:
-        return StageError(
-            "optimizer: this one needs the package bitsandbytes: pip install 'regrow[gpu]' where "
-            "training runs, or choose another, such as adamw_torch_fused"
-        )
-    return failure
+        attempts.after(failure)
+        return False
+    return True

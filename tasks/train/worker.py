@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from regrow.infra.artifacts import ArtifactStore
-from regrow.tasks.modeling.adapter import add_adapter, embedding_names
 from regrow.tasks.modeling.ends import align_special_ids
-from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
+from regrow.tasks.modeling.load import DTYPES, load_tokenizer
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError, canonical
 from regrow.tasks.train.arguments import training_arguments, with_steps
@@ -34,17 +35,24 @@ from regrow.tasks.train.checkpoint import (
     TOTALS_FILE,
     Checkpoint,
     Checkpoints,
-    PublishCheckpoints,
     agree_on_newest,
 )
+from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_stopped
+from regrow.tasks.train.costs import row_costs, row_lengths
 from regrow.tasks.train.export import save_adapter, save_model
+from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.loader import FileOrder, MicroBatches
 from regrow.tasks.train.metrics import Meter, MetricsFile, Totals, peak_memory_gib, read_metrics
-from regrow.tasks.train.noise import EmbeddingNoise
+from regrow.tasks.train.model import TrainedModel, build_model
 from regrow.tasks.train.order import DataOrder, Split, choose_split
+from regrow.tasks.train.parallel import whole_model_loading
+from regrow.tasks.train.preemption import EXIT_CODE, StopEarly
+from regrow.tasks.train.saving import BackgroundSaver, Ranks, Resume, SaveCheckpoints
 from regrow.tasks.train.schedule import total_steps, warmup_steps
+from regrow.tasks.train.state import Engine, trained_parameters
 from regrow.tasks.train.trainers.sft import SftTrainer
+from regrow.tasks.train.watchdog import Watchdog, stacks_name
 
 logger = logging.getLogger("regrow.tasks.train.worker")  # __name__ is __main__ when launched
 
@@ -63,11 +71,13 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     """Train as the job says, from the newest checkpoint if there is one; returns the result.
 
     Call it on every rank. Rank 0 writes the model to `job.out` and the result to
-    `job.result_path`.
+    `job.result_path`. When training was asked to stop early the result is
+    {"preempted": why, "step": n}, the state is in a checkpoint, and nothing else is written.
 
     Raises:
         StageError: for what the user can mend.
     """
+    begin = time.monotonic()
     args = training_arguments(job.spec, job.placement, scratch=job.work / "unfinished")
     if args.process_index != 0:
         logging.getLogger("regrow").setLevel(logging.WARNING)  # rank 0 says it for all
@@ -84,21 +94,47 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     )
     checkpoints = _open_checkpoints(job)
     start = agree_on_newest(checkpoints, args) if checkpoints else None
+    if start and _has_stopped(job, start):
+        course = replace(course, total_steps=start.step)  # nothing is left but to write the result
+        args.max_steps = start.step
     if start:
         logger.info("resuming after step %d of %d", start.step, course.total_steps)
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
-    model, use_cache = _build_model(job)
+    with whole_model_loading(args):
+        trained = build_model(job)
     recorder = _Recorder.open(job, course, start) if args.process_index == 0 else None
-    trainer = _build_trainer(job, args, course, model, meter, rows)
-    for callback in (*_callbacks(job, course, checkpoints, meter, recorder), *callbacks):
-        trainer.add_callback(callback)
-    try:
-        meter.start()
-        trainer.train(resume_from_checkpoint=str(start.directory) if start else None)
-    finally:
+    trainer = _build_trainer(job, args, course, trained, meter, rows, start)
+    best = _keep_best(job, start, trainer, args.process_index)
+    ranks = Ranks.of(args)
+    limit = job.placement.time_limit
+    stop = StopEarly(ranks, begin + limit if limit else None, checkpoints is not None)
+    with ExitStack() as stack:
         if recorder:
-            recorder.close()
-    return _finish(job, trainer, course, meter, use_cache)
+            stack.callback(recorder.close)
+        saver = None
+        if checkpoints:
+            scratch = job.work / "saving"
+            saver = BackgroundSaver(checkpoints, ranks, scratch, canonical(job.spec))
+            stack.callback(saver.close)
+        found = [
+            *_early_callbacks(job, args, start, trainer, ranks, stack),
+            *([best] if best else []),
+            *_callbacks(job, course, trainer, saver, meter, recorder),
+            stop,
+            *callbacks,
+        ]
+        for callback in found:
+            trainer.add_callback(callback)
+        stack.enter_context(stop.listening())
+        meter.start()
+        trainer.train()
+        if saver and stop.reason:
+            saver.finish()
+        elif saver:
+            saver.wait()
+    if stop.reason:
+        return {"preempted": stop.reason, "step": trainer.state.global_step}
+    return _finish(job, trainer, course, meter, trained, best)
 
 
 # ---- before ----
@@ -108,8 +144,10 @@ def _plot_course(job: WorkerJob, num_rows: int, world_size: int) -> Course:
     if num_rows == 0:
         raise StageError("the prepared data holds no training rows")
     spec, wanted = job.spec, job.placement.micro_batch_size
-    order = DataOrder(num_rows, spec.global_batch_size, spec.seed)
-    split = choose_split(spec.global_batch_size, wanted, world_size)
+    lengths = row_lengths(job.prepared) if spec.row_order == "by_length" else None
+    order = DataOrder(num_rows, spec.global_batch_size, spec.seed, spec.row_order, lengths)
+    costs = row_costs(job.prepared, job.base_model) if world_size > 1 else None
+    split = choose_split(spec.global_batch_size, wanted, world_size, costs)
     if split.micro_batch_size != wanted:
         logger.warning(
             "micro_batch_size %d does not divide the global batch of %d rows on %d processes: %d "
@@ -129,39 +167,6 @@ def _open_checkpoints(job: WorkerJob) -> Checkpoints | None:
         return None
     store = ArtifactStore.open_url(job.checkpoints.url)
     return Checkpoints(store, job.checkpoints.key, job.placement.save_total_limit)
-
-
-def _build_model(job: WorkerJob) -> tuple[Any, bool]:
-    """(the model to train, with or without an adapter; the base config's `use_cache`)."""
-    spec = job.spec
-    model = load_model(
-        job.base_model,
-        # What is trained is float32: in bfloat16 most small updates round to nothing.
-        dtype=spec.dtype if spec.adapter else "float32",
-        trust_remote_code=job.placement.trust_remote_code,
-    )
-    use_cache = bool(getattr(model.config, "use_cache", True))
-    _fit_vocabulary(model, job)
-    set_seed(spec.seed)
-    trained = add_adapter(model, **vars(spec.adapter)) if spec.adapter else model
-    if spec.neftune_noise_alpha:
-        EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
-    return trained, use_cache
-
-
-def _fit_vocabulary(model: Any, job: WorkerJob) -> None:
-    new = grow_embeddings(model, len(load_tokenizer(job.prepared / "tokenizer")))
-    if not new:
-        return
-    logger.info("the vocabulary has %d new tokens; the embedding grew", new)
-    if not job.spec.adapter:
-        return
-    needed = embedding_names(model)
-    if not needed <= set(job.spec.adapter.modules_to_save):
-        raise StageError(
-            f"the tokenizer has {new} tokens that the base model does not know, and an adapter "
-            f"alone cannot learn them: set lora_modules_to_save: [{', '.join(sorted(needed))}]"
-        )
 
 
 @dataclass(frozen=True)
@@ -187,28 +192,75 @@ class _Recorder:
             self.live.close()
 
 
+def _early_callbacks(
+    job: WorkerJob,
+    args: TrainingArguments,
+    start: Checkpoint | None,
+    trainer: SftTrainer,
+    ranks: Ranks,
+    stack: ExitStack,
+) -> list[TrainerCallback]:
+    """What comes before all else at one event."""
+    found: list[TrainerCallback] = []
+    if job.placement.hang_timeout:
+        path = job.work / stacks_name(args.process_index)
+        watchdog = Watchdog(job.placement.hang_timeout, path)
+        stack.callback(watchdog.close)
+        found.append(watchdog)
+    if start:
+        found.append(Resume(SavedState(start.directory, ranks.control), trainer))
+    return found
+
+
 def _callbacks(
     job: WorkerJob,
     course: Course,
-    checkpoints: Checkpoints | None,
+    trainer: SftTrainer,
+    saver: BackgroundSaver | None,
     meter: Meter,
     recorder: _Recorder | None,
 ) -> list[TrainerCallback]:
     """In the order in which they run at one event."""
     place, total, per_epoch = job.placement, course.total_steps, course.order.steps_per_epoch
+    evaluation = job.spec.validation or place.evaluation
     found: list[TrainerCallback] = [
         FollowSchedule(
             report=frozenset({1, total, *range(place.logging_steps, total, place.logging_steps)}),
-            evaluate=place.evaluation.due(total, per_epoch) if _validates(job) else frozenset(),
-            save=place.saving.due(total, per_epoch) if checkpoints else frozenset(),
+            evaluate=evaluation.due(total, per_epoch) if _validates(job) else frozenset(),
+            save=place.saving.due(total, per_epoch) if saver else frozenset(),
         )
     ]
     if recorder:
         found.append(recorder.callback)
-    if checkpoints:
-        file = recorder.file if recorder else None
-        found.append(PublishCheckpoints(checkpoints, meter, file, canonical(job.spec)))
+    if saver:
+        metrics = recorder.file.path if recorder else None
+        kept = job.work / BEST_FILE if job.spec.keep_best else None
+        found.append(SaveCheckpoints(saver, trainer, meter, metrics, kept))
+    if place.loss_watchdog_threshold:
+        found.append(LossWatchdog(place.loss_watchdog_threshold, place.loss_watchdog_patience))
     return found
+
+
+def _has_stopped(job: WorkerJob, start: Checkpoint) -> bool:
+    patience = job.spec.early_stopping_patience
+    return patience is not None and has_stopped(SavedState(start.directory).values, patience)
+
+
+def _keep_best(
+    job: WorkerJob, start: Checkpoint | None, trainer: SftTrainer, rank: int
+) -> KeepBest | None:
+    """What looks at validations, where the result or a checkpoint depends on them."""
+    spec = job.spec
+    if not (spec.keep_best or job.placement.save_at_best):
+        return None
+    return KeepBest(
+        job.work / BEST_FILE,
+        spec.early_stopping_patience,
+        save=job.placement.save_at_best,
+        kept=start.directory / BEST_FILE if start else None,
+        writes=spec.keep_best and rank == 0,
+        weights=lambda: trainer.engine.whole_weights(),
+    )
 
 
 def _validates(job: WorkerJob) -> bool:
@@ -220,12 +272,14 @@ def _build_trainer(
     job: WorkerJob,
     args: TrainingArguments,
     course: Course,
-    model: Any,
+    trained: TrainedModel,
     meter: Meter,
     rows: PackedRows,
+    start: Checkpoint | None,
 ) -> SftTrainer:
     rank, pad_to = args.process_index, job.placement.pad_to
-    batches = MicroBatches(rows, course.order, course.split, rank, course.total_steps, pad_to)
+    total, done = course.total_steps, start.step if start else 0
+    batches = MicroBatches(rows, course.order, course.split, rank, total, pad_to, done)
     validation = None
     if _validates(job):
         held_out = PackedRows(job.prepared, "validation")
@@ -234,8 +288,10 @@ def _build_trainer(
         split = Split(args.world_size, micro, accumulation=1)
         validation = MicroBatches(held_out, order, split, rank, order.steps, pad_to)
     trainer = SftTrainer(
-        model=model,
+        model=trained.model,
         args=args,
+        spec=job.spec,
+        partly_trained=trained.partly_trained,
         batches=batches,
         validation=validation,
         meter=meter,
@@ -249,30 +305,53 @@ def _build_trainer(
 
 
 def _finish(
-    job: WorkerJob, trainer: SftTrainer, course: Course, meter: Meter, use_cache: bool
+    job: WorkerJob,
+    trainer: SftTrainer,
+    course: Course,
+    meter: Meter,
+    trained: TrainedModel,
+    best: KeepBest | None,
 ) -> dict[str, Any]:
+    trainer.use_final_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = _result(trainer, course, meter, model)
-    if trainer.args.process_index == 0:
+    is_first = trainer.args.process_index == 0
+    if trainer.engine.is_sharded():
+        with whole_model_loading(trainer.args):
+            model = _whole_model(job, trainer.engine, is_first)
+    if is_first:
+        if best and job.spec.keep_best:
+            best.restore(model)
         result |= _curves(read_metrics(job.metrics_path))
         job.out.mkdir(parents=True, exist_ok=True)
-        _save(model, job, use_cache)
+        _save(model, job, trained)
         job.result_path.write_text(json.dumps(result, indent=1, sort_keys=True))
     if trainer.args.world_size > 1:
         torch.distributed.barrier()
     return result
 
 
-def _save(model: Any, job: WorkerJob, use_cache: bool) -> None:
+def _whole_model(job: WorkerJob, engine: Engine, is_first: bool) -> Any:
+    """On rank 0 the trained model, built anew in the host's memory, one tensor after the other."""
+    model = build_model(job).model if is_first else None
+    parameters = trained_parameters(model) if model is not None else {}
+    for name, weight in engine.whole_weights():
+        if is_first:
+            parameters[name].data.copy_(weight)
+    return model
+
+
+def _save(model: Any, job: WorkerJob, trained: TrainedModel) -> None:
     if isinstance(model, PeftModel):
-        save_adapter(model, job.out)
+        save_adapter(model, job.out, trained.first_values)
     else:
         align_special_ids(model, load_tokenizer(job.prepared / "tokenizer"))
-        save_model(model, job.out, DTYPES[job.spec.dtype], use_cache)
+        save_model(model, job.out, DTYPES[job.spec.dtype], trained.use_cache)
 
 
 def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[str, Any]:
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # A parameter that DeepSpeed has divided says its size elsewhere.
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     totals = meter.totals
     return {
         "steps": trainer.state.global_step,
@@ -285,6 +364,7 @@ def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[
             "seconds": totals.seconds,
             "tokens_per_second": totals.tokens / max(totals.seconds, 1e-9),
             "peak_memory_gib": peak_memory_gib(trainer.args.device),
+            "saving_seconds": totals.saving_seconds,
             "world_size": trainer.args.world_size,
             "micro_batch_size": course.split.micro_batch_size,
             "accumulation": course.split.accumulation,
@@ -318,11 +398,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("regrow").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other of renames
     disable_progress_bar()
+    job = WorkerJob.read(Path(path))
     try:
-        train(WorkerJob.read(Path(path)))
+        result = train(job)
+        if "preempted" in result and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # an exit before the others would look like a failure
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    if "preempted" in result:
+        job.preempted_path.write_text(json.dumps(result))
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

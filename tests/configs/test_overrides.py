@@ -68,7 +68,7 @@ def test_null_takes_a_key_away(load, minimal):
         (["--seed.a", "1"], "seed.a", "what it is in is a single value"),
         (["--special_tokens.0", "1"], "special_tokens", "expected a map of keys"),
         (["--datasets.0.pth", "x"], "datasets[0].pth", "unknown key"),
-        (["--rl", "dpo"], "rl", "preference and reinforcement training is not here yet"),
+        (["--rl", "ebft"], "rl", "energy-based fine-tuning is not here yet"),
     ],
 )
 def test_a_wrong_override_is_a_fault_of_the_command_line(faults_of, minimal, words, key, why):

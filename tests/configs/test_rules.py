@@ -7,10 +7,11 @@ import pytest
 from regrow.configs.rules import adapter, batch, data, model, schedule
 from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.rules.rule import Rule
-from regrow.configs.sections.data import CHAT_TEMPLATES
-from regrow.tasks.prepare.templates import TEMPLATES
+from regrow.configs.sections.data import CHAT_TEMPLATES, MODEL_TEMPLATES
+from regrow.tasks.prepare.templates import OF_MODELS, TEMPLATES
 
 LORA = "adapter: lora\nlora_r: 8\nlora_alpha: 16\n"
+LINEAR = LORA + "lora_target_linear: true\n"
 
 # rule -> cases of (lines added to the smallest recipe, key at fault, part of the reason)
 CASES: dict[str, list[tuple[str, str, str]]] = {
@@ -36,6 +37,123 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "test_datasets: [{path: org/t, type: alpaca, shards_idx: 4}]",
             "test_datasets[0].shards_idx",
             "`shards` is not given",
+        ),
+    ],
+    "dataset_shard_and_index_fit": [
+        ("dataset_shard_idx: 1", "dataset_shard_idx", "`dataset_shard_num` is not given"),
+        ("dataset_shard_num: 2\ndataset_shard_idx: 2", "dataset_shard_idx", "the last one is 1"),
+    ],
+    "validation_examples_count_once": [
+        (
+            "test_datasets: [{path: org/t, type: alpaca, weight: 2}]",
+            "test_datasets[0].weight",
+            "used once",
+        )
+    ],
+    "a_stream_has_an_end": [("streaming: true", "max_steps", "that is not given")],
+    "a_stream_is_read_from_its_beginning": [
+        (
+            f"streaming: true\nmax_steps: 9\ndatasets: [{{path: x, type: completion, {what}}}]",
+            f"datasets[0].{key}",
+            "is not known",
+        )
+        for what, key in (
+            ("shards: 2", "shards"),
+            ("split: 'train[:10%]'", "split"),
+            ("split: 'train[-5:]'", "split"),
+            ("split: 'train[:-5]'", "split"),
+        )
+    ],
+    "a_stream_is_not_divided": [
+        (
+            "streaming: true\nmax_steps: 9\ndataset_shard_num: 2",
+            "dataset_shard_num",
+            "no more than this run needs",
+        )
+    ],
+    "padding_is_long_enough": [
+        (
+            "eval_sequence_len: 1025\npad_to_sequence_len: true",
+            "eval_sequence_len",
+            "pads validation rows",
+        )
+    ],
+    "formats_are_known": [
+        (
+            "test_datasets: [{path: org/t, type: alpca}]",
+            "test_datasets[0].type",
+            "there is no such format",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: 'alpaca:vicuna'}]",
+            "test_datasets[0].type",
+            "there is no such format",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: _synthetic}]",
+            "test_datasets[0].type",
+            "it makes tokens up",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: my_package.rows.read}]",
+            "test_datasets[0].type",
+            "as that of a Python function it is not trusted",
+        ),
+    ],
+    "formats_fit_the_method": [
+        ("rl: dpo", "datasets[0].type", "`rl: dpo` reads no such format"),
+        (
+            "rl: kto\ndatasets: [{path: org/t, type: chatml.icr}]",
+            "datasets[0].type",
+            "`rl: kto` reads no such format",
+        ),
+        (
+            "process_reward_model: true\ndatasets: [{path: org/t, type: {field_prompt: q}}]",
+            "datasets[0].type",
+            "has no map of columns",
+        ),
+    ],
+    "one_method": [
+        (
+            "rl: dpo\nreward_model: true\ndatasets: [{path: org/t, type: chatml.intel}]",
+            "reward_model",
+            "`rl` says another method",
+        )
+    ],
+    "answers_are_read_beside_a_method": [
+        (
+            "datasets: [{path: org/t, type: {field_chosen: good}}]",
+            "datasets[0].type",
+            "no method is named",
+        ),
+        (
+            "rl: dpo\ndatasets: [{path: org/t, type: {chosen_format: '{answer}'}}]",
+            "datasets[0].type.chosen_format",
+            "it cannot hold {answer}, only {chosen}",
+        ),
+    ],
+    "prompts_name_their_parts": [
+        (
+            "test_datasets: [{path: org/t, type: {no_input_format: '{instruction} {input}'}}]",
+            "test_datasets[0].type.no_input_format",
+            "it cannot hold {input}, only {instruction}",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: {format: 'a } b'}}]",
+            "test_datasets[0].type.format",
+            "its braces do not fit",
+        ),
+    ],
+    "styles_are_known": [
+        (
+            "test_datasets: [{path: org/t, type: alpaca_chat, conversation: vicuna}]",
+            "test_datasets[0].conversation",
+            "there is no such style",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: alpaca, conversation: chatml}]",
+            "test_datasets[0].conversation",
+            "the style of `type: alpaca_chat`",
         ),
     ],
     "dataset_code_is_never_run": [
@@ -137,8 +255,52 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("lr_scheduler: cosine_with_min_lr", "lr_scheduler", "no lowest learning rate"),
         ("lr_scheduler: warmup_stable_decay", "lr_scheduler", "no decay"),
     ],
-    "the_schedule_can_be_repeated": [
-        ("lr_scheduler: reduce_lr_on_plateau", "lr_scheduler", "no result could be repeated"),
+    "what_follows_validation_has_it": [
+        ("lr_scheduler: reduce_lr_on_plateau", "lr_scheduler", "no validation"),
+        ("early_stopping_patience: 2", "early_stopping_patience", "no validation"),
+        ("load_best_model_at_end: true", "load_best_model_at_end", "no validation"),
+        ("save_strategy: best", "save_strategy", "no validation"),
+    ],
+    "a_constant_end_has_a_rate": [
+        (
+            "lr_scheduler: linear\ncosine_constant_lr_ratio: 0.5",
+            "cosine_constant_lr_ratio",
+            "no meaning",
+        ),
+        ("cosine_constant_lr_ratio: 0.5", "cosine_constant_lr_ratio", "needs a lowest rate"),
+    ],
+    "curves_have_their_own_keys": [
+        ("lr_scheduler: linear\nlr_quadratic_warmup: true", "lr_quadratic_warmup", "no meaning"),
+        ("lr_div_factor: 10", "lr_div_factor", "no meaning"),
+    ],
+    "restarts_are_complete": [
+        ("jagged_restart_warmup_steps: 2", "jagged_restart_warmup_steps", "is missing"),
+        (
+            "jagged_restart_steps: 3\njagged_restart_warmup_steps: 4",
+            "jagged_restart_steps",
+            "are longer",
+        ),
+        (
+            "jagged_restart_steps: 3\nlr_scheduler: one_cycle",
+            "jagged_restart_steps",
+            "cannot restart",
+        ),
+    ],
+    "learning_rates_are_said_once": [
+        ("embedding_lr: 1e-5\nembedding_lr_scale: 0.5", "embedding_lr_scale", "says otherwise"),
+        (
+            LINEAR + "loraplus_lr_ratio: 16\nembedding_lr: 1e-5",
+            "embedding_lr",
+            "divides the parameters already",
+        ),
+        ("optimizer: muon\nembedding_lr: 1e-5", "embedding_lr", "in its own way"),
+    ],
+    "projections_are_for_whole_weights": [
+        (
+            LINEAR + "optimizer: galore_adamw",
+            "optimizer",
+            "projects whole weights",
+        ),
     ],
     "lora_is_complete": [
         ("adapter: lora\nlora_alpha: 8\nlora_target_linear: true", "lora_r", "needs a rank"),
@@ -158,37 +320,101 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "takes every linear layer already",
         ),
     ],
-    "adapters_leave_the_base_alone": [
-        ("peft_init_lora_weights: pissa", "peft_init_lora_weights", "changes the base weights"),
+    "first_values_are_known": [
+        ("peft_init_lora_weights: corda", "peft_init_lora_weights", "not here"),
     ],
-    "quantized_bases_are_not_here_yet": [
+    "first_values_fit_the_base": [
         (
-            "adapter: qlora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true",
-            "adapter",
-            "a quantized base model is not here yet",
+            LINEAR + "load_in_4bit: true\npeft_init_lora_weights: pissa",
+            "peft_init_lora_weights",
+            "not quantized",
         ),
         (
-            LORA + "lora_target_linear: true\nload_in_8bit: true",
+            LINEAR + "peft_use_dora: true\npeft_init_lora_weights: olora",
+            "peft_init_lora_weights",
+            "DoRA's magnitudes",
+        ),
+        (
+            LINEAR + "peft_use_rslora: true\nlora_rank_pattern: {q_proj: 2}\n"
+            "peft_init_lora_weights: pissa",
+            "peft_init_lora_weights",
+            "with peft_use_rslora",
+        ),
+        (
+            LINEAR + "lora_modules_to_save: [lm_head]\npeft_init_lora_weights: pissa",
+            "peft_init_lora_weights",
+            "trained in full",
+        ),
+        (
+            LINEAR + "lora_model_dir: out\npeft_init_lora_weights: eva",
+            "peft_init_lora_weights",
+            "gives the first values",
+        ),
+    ],
+    "qlora_is_four_bits": [
+        (
+            LINEAR.replace("lora\n", "qlora\n", 1) + "load_in_8bit: true",
             "load_in_8bit",
-            "a quantized base model is not here yet",
+            "means 4 bits",
         ),
+    ],
+    "quantization_has_its_arguments": [
+        (LINEAR + "bnb_config_kwargs: {bits: 4}", "bnb_config_kwargs.bits", "no such argument"),
+    ],
+    "stored_quantized_means_dequantized": [
+        ("model_quantization_config: Mxfp4Config", "model_quantization_config", "dequantized"),
+        (
+            LINEAR + "load_in_4bit: true\nmodel_quantization_config: Mxfp4Config\n"
+            "model_quantization_config_kwargs: {dequantize: true}",
+            "model_quantization_config",
+            "in two ways",
+        ),
+    ],
+    "parameters_have_plain_adapters": [
+        (
+            LORA + "lora_target_parameters: [experts.down_proj]\nlora_dropout: 0.1",
+            "lora_dropout",
+            "without dropout",
+        ),
+        (
+            LORA + "lora_target_parameters: [experts.down_proj]\npeft_use_dora: true",
+            "peft_use_dora",
+            "without DoRA",
+        ),
+    ],
+    "layers_are_counted_in_a_list": [
+        (LINEAR + "peft_layers_pattern: layers", "peft_layers_pattern", "is missing"),
+    ],
+    "an_adapter_has_its_own_choice": [
+        (LINEAR + "unfrozen_parameters: [lm_head]", "unfrozen_parameters", "base is frozen"),
+    ],
+    "unfrozen_patterns_are_valid": [
+        ("unfrozen_parameters: ['(']", "unfrozen_parameters", "not a regular expression"),
     ],
     "quantized_weights_are_not_trained": [
         ("load_in_4bit: true", "load_in_4bit", "cannot be trained without an adapter"),
         (
-            LORA + "lora_target_linear: true\nload_in_4bit: true\nload_in_8bit: true",
+            LINEAR + "load_in_4bit: true\nload_in_8bit: true",
             "load_in_8bit",
             "`load_in_4bit` says otherwise",
         ),
     ],
-    "adapters_start_anew": [("lora_model_dir: out", "lora_model_dir", "is not here yet")],
-    "sharding_is_not_here_yet": [
-        ("deepspeed: zero2.json", "deepspeed", "DeepSpeed is not here yet"),
-        ("fsdp: [full_shard]", "fsdp", "FSDP is not here yet"),
-        ("fsdp_config: {offload_params: true}", "fsdp_config", "FSDP is not here yet"),
-    ],
     "one_way_of_sharding": [
-        ("deepspeed: z.json\nfsdp_config: {a: 1}", "deepspeed", "FSDP is asked for as well"),
+        ("deepspeed: zero2.json\nfsdp_config: {}", "deepspeed", "FSDP is asked for as well"),
+    ],
+    "sizes_need_fsdp": [
+        ("dp_shard_size: 2", "dp_shard_size", "which is off"),
+        ("dp_replicate_size: 2", "dp_replicate_size", "which is off"),
+    ],
+    "sizes_multiply_to_the_processes": [
+        (
+            "fsdp_config: {}\nnum_processes: 4\ndp_shard_size: 3",
+            "dp_shard_size",
+            "does not divide the 4 processes",
+        ),
+    ],
+    "int8_weights_are_not_sharded": [
+        ("adapter: lora\nfsdp_config: {}\nload_in_8bit: true", "load_in_8bit", "cannot shard int8"),
     ],
     "float16_is_refused": [("fp16: true", "fp16", "training in float16 is not here")],
     "only_causal_language_models": [
@@ -261,6 +487,10 @@ def test_each_rule_says_what_it_is():
         LORA + "lora_target_modules: '.*\\.(q|v)_proj'",
         LORA + "lora_target_modules: [q_proj, v_proj]\nlora_target_linear: true",
         "fsdp: []\nfsdp_config:\ndeepspeed:",
+        "rl: dpo\ndatasets: [{path: org/t}]",
+        "rl: orpo\ndatasets: [{path: org/t, type: chat_template.argilla}]",
+        "reward_model: true\ndatasets: [{path: org/t, type: bradley_terry.chat_template}]",
+        "process_reward_model: true\ndatasets: [{path: org/t, type: stepwise_supervised}]",
         "model_type: MistralForCausalLM\ntokenizer_type: LlamaTokenizerFast",
         "base_model_config: org/model",
     ],
@@ -271,3 +501,4 @@ def test_what_runs_breaks_no_rule(load, minimal, added):
 
 def test_the_named_chat_templates_are_those_that_exist():
     assert set(CHAT_TEMPLATES) == set(TEMPLATES)
+    assert set(MODEL_TEMPLATES) == set(OF_MODELS)

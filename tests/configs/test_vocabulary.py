@@ -132,6 +132,7 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
             "ignored axolotl.integrations.liger.LigerPlugin because Regrow chooses",
         ),
         ("resume_from_checkpoint: out", "ignored resume_from_checkpoint because a run resumes"),
+        ("rl_beta: 0.1", "ignored rl_beta because training with `rl`"),
         ("dataset_prepared_path: out", "ignored dataset_prepared_path because prepared data"),
         ("gradient_checkpointing: offload", "set gradient_checkpointing: true because"),
     ],
@@ -143,17 +144,18 @@ def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
 @pytest.mark.parametrize(
     ("written", "key", "why"),
     [
-        ("rl: dpo", "rl", "preference and reinforcement training is not here yet"),
-        ("reward_model: true", "reward_model", "reward model training is not here yet"),
+        ("rl: ebft", "rl", "energy-based fine-tuning is not here yet"),
+        ("ebft: {feature_layers: [1]}", "ebft", "energy-based fine-tuning is not here yet"),
         ("processor_type: AutoProcessor", "processor_type", "training on images or audio"),
-        ("tensor_parallel_size: 2", "tensor_parallel_size", "splitting a model over devices"),
-        ("sequence_parallel_degree: 2", "sequence_parallel_degree", "splitting a model"),
-        ("context_parapllel_size: 2", "context_parapllel_size", "splitting a model"),
+        ("tensor_parallel_size: 2", "tensor_parallel_size", "are not divided by heads yet"),
+        ("sequence_parallel_degree: 2", "sequence_parallel_degree", "a token would see other examples"),
+        ("context_parapllel_size: 2", "context_parapllel_size", "a token would see other"),
         ("save_safetensors: false", "save_safetensors", "only ever written as safetensors"),
         ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),
-        ("optimizer: adamw_torch_8bit", "optimizer", "it needs torchao"),
-        ("lr_scheduler: rex", "lr_scheduler", "this schedule is not here yet"),
-        ("save_strategy: best", "save_strategy", "choosing the best checkpoint"),
+        ("optimizer: lomo", "optimizer", "keeps no state"),
+        ("optimizer: flash_adamw", "optimizer", "a package that Regrow does not use"),
+        ("relora: true", "relora", "its restarts change the base model"),
+        ("gptq: true", "gptq", "cannot merge an adapter into a base stored as GPTQ"),
         ("float16: true", "float16", "training in float16 is not here"),
         ("bf16: true\nfloat32: true", "float32", "`bf16` says otherwise"),
         ("max_packed_sequence_len: 8", "max_packed_sequence_len", "it was replaced"),
@@ -220,11 +222,11 @@ def test_a_mapping_of_one_property_leaves_the_other(load, minimal):
 @pytest.mark.parametrize(
     ("lines", "key", "why"),
     [
-        (["type: sharegpt.load_role"], "type", "sharegpt was removed"),
-        (["type: {field_instruction: q}"], "type", "prompts written in the recipe"),
-        (["type: oasst"], "type", "expected alpaca, chat_template or completion"),
+        (["type: sharegpt.load_glaive"], "type", "Axolotl removed it"),
+        (["type: {field_instructions: q}"], "type.field_instructions", "unknown key"),
+        (["type: [oasst]"], "type", "expected text"),
         (["type: alpaca", "train_on_split: x"], "train_on_split", "do not read it"),
-        (["type: alpaca", "field_chosen: x"], "field_chosen", "preference and reinforcement"),
+        (["type: alpaca", "field_chosen: x"], "field_chosen", "no method is named"),
         (
             [
                 "type: chat_template",
@@ -241,6 +243,70 @@ def test_datasets_that_would_be_read_otherwise_are_refused(faults_of, minimal, l
     assert fault.key == f"datasets[0].{key}"
     assert why in fault.why
     assert fault.line
+
+
+def entry_of(load, minimal, *lines):
+    return load(with_dataset(minimal, *lines)).recipe.datasets[0]
+
+
+def test_no_type_at_all_is_missing_and_an_empty_one_means_tokens(load, minimal):
+    assert entry_of(load, minimal, "type:").type == "pretokenized"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("alpaca_chat.load", "alpaca_chat"),
+        ("pretrain", "completion"),
+        ("chat_template.default", "chat_template"),
+        ("context_qa.load_v2", "context_qa.load_v2"),
+    ],
+)
+def test_the_function_that_axolotl_calls_anyway_may_be_named(load, minimal, written, read):
+    assert entry_of(load, minimal, f"type: {written}").type == read
+
+
+def test_a_map_is_a_prompt(load, minimal):
+    lines = ("type:", "  field_instruction: q", "  format: '{instruction}: {input}'")
+    prompt = entry_of(load, minimal, *lines).type
+    assert (prompt.field_instruction, prompt.field_output) == ("q", "output")
+    assert (prompt.format, prompt.no_input_format) == ("{instruction}: {input}", "{instruction} ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["type: sharegpt"], {"field_messages": "conversations"}),
+        (["type: sharegpt:chat", "field_messages: talk"], {"field_messages": "talk"}),
+        (
+            ["type: sharegpt.load_role"],
+            {"message_property_mappings": {"role": "role", "content": "value"}},
+        ),
+        (
+            ["type: sharegpt.load_guanaco"],
+            {
+                "message_property_mappings": {"role": "role", "content": "text"},
+                "roles": {"user": ("prompter",)},
+            },
+        ),
+        (["type: sharegpt.load_ultrachat"], {"field_messages": "messages"}),
+        (
+            ["type: sharegpt", "field_human: Bob", "field_model: bot"],
+            {"roles": {"user": ("Bob",), "assistant": ("bot",)}},
+        ),
+        (["type: sharegpt", "conversation: chatml"], {"chat_template": "chatml"}),
+        (
+            ["type: sharegpt", "conversation: chatml", "chat_template: llama3"],
+            {"chat_template": "llama3"},
+        ),
+    ],
+)
+def test_sharegpt_is_a_chat_template_of_other_names(load, notices_of, minimal, lines, expected):
+    entry = entry_of(load, minimal, *lines)
+    assert entry.type == "chat_template"
+    assert {name: getattr(entry, name) for name in expected} == expected
+    said = notices_of(with_dataset(minimal, *lines))
+    assert any(notice.startswith("read datasets[0].type as chat_template") for notice in said)
 
 
 def test_a_map_of_tokens_is_special_tokens(load, faults_of, minimal):

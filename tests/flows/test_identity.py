@@ -16,6 +16,9 @@ PUBLISH = {"publish"}
 NOTHING: set[str] = set()
 REFUSED = None
 
+WHOLE = ["--adapter=null"]
+WHOLE_TRAIN = TRAIN - {"merge"}
+
 # {key: (words of a change from the recipe of `place`, titles of the stages whose keys change)}
 FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "base_model_config": (["other/model"], REFUSED),
@@ -33,14 +36,28 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "min_sample_len": (["3"], ALL),
     "sample_packing": (["false"], ALL),
     "eval_sample_packing": (["false"], ALL),
+    "sample_packing_sequentially": (["true"], ALL),
+    "eval_sequence_len": (["64"], ALL),
+    "validation_leakage": (["keep"], NOTHING),
+    "streaming": (["true", "--max_steps=1"], ALL),
+    "group_by_length": (["true", "--sample_packing=false"], ALL),
+    "curriculum_sampling": (["true"], TRAIN),
     "pad_to_sequence_len": (["true"], NOTHING),
     "shuffle_merged_datasets": (["false"], ALL),
+    "shuffle_before_merging_datasets": (["true", "--shuffle_merged_datasets=false"], ALL),
+    "dataset_shard_num": (["2"], ALL),
+    "dataset_shard_idx": (["1", "--dataset_shard_num=2"], ALL),
     "dataset_exact_deduplication": (["true"], ALL),
     "dataset_num_proc": (["3"], NOTHING),
     "chat_template": (["chatml"], ALL),
     "chat_template_jinja": (["{{ messages[0].content }}"], ALL),
     "eot_tokens": (["[<|im_end|>]"], ALL),
+    "chat_template_kwargs": (["{enable_thinking: false}"], ALL),
+    "default_system_message": (["Be brief."], ALL),
     "train_on_inputs": (["true"], ALL),
+    "rl": (["dpo"], ALL),
+    "reward_model": (["true"], ALL),
+    "process_reward_model": (["true", "--datasets.0.type=stepwise_supervised"], ALL),
     "adapter": (["null"], WEIGHTS - {"baseline"}),
     "lora_r": (["8"], TRAIN),
     "lora_alpha": (["16"], TRAIN),
@@ -48,7 +65,17 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "lora_target_modules": (["[q_proj]", "--lora_target_linear=false"], TRAIN),
     "lora_target_linear": (["false", "--lora_target_modules=[v_proj]"], TRAIN),
     "lora_modules_to_save": (["[lm_head]"], TRAIN),
-    "lora_model_dir": (["./adapter"], REFUSED),
+    "lora_model_dir": (["{adapter}"], TRAIN),
+    "lora_target_parameters": (["[mlp.experts.down_proj]", "--lora_dropout=0"], TRAIN),
+    "lora_exclude_modules": (["[q_proj]"], TRAIN),
+    "lora_rank_pattern": (["{q_proj: 4}"], TRAIN),
+    "lora_alpha_pattern": (["{q_proj: 4}"], TRAIN),
+    "peft_layers_to_transform": (["[0]"], TRAIN),
+    "peft_layers_pattern": (["[layers]", "--peft_layers_to_transform=[0]"], TRAIN),
+    "peft_trainable_token_indices": (["[3]"], TRAIN),
+    "loraplus_lr_ratio": (["16"], TRAIN),
+    "loraplus_lr_embedding": (["1e-5", "--loraplus_lr_ratio=16"], TRAIN),
+    "peft": (["{loftq_config: {loftq_bits: 4}}"], TRAIN),
     "peft_use_rslora": (["true"], TRAIN),
     "peft_use_dora": (["true"], TRAIN),
     "peft_init_lora_weights": (["gaussian"], TRAIN),
@@ -60,6 +87,14 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "max_steps": (["9"], TRAIN),
     "learning_rate": (["0.02"], TRAIN),
     "optimizer": (["sgd"], TRAIN),
+    "optim_args": (["momentum=0.9", "--optimizer=sgd"], TRAIN),
+    "optim_target_modules": (["[attn]", "--optimizer=galore_adamw", *WHOLE], WHOLE_TRAIN),
+    "adam_beta3": (["0.99"], TRAIN),
+    "adam_epsilon2": (["1e-12"], TRAIN),
+    "embedding_lr": (["1e-5"], TRAIN),
+    "embedding_lr_scale": (["0.5"], TRAIN),
+    "lr_groups": (["[{name: q, modules: [q_proj], lr: 1e-4}]"], TRAIN),
+    "unfrozen_parameters": (["[lm_head]", *WHOLE], WHOLE_TRAIN),
     "weight_decay": (["0.1"], TRAIN),
     "adam_beta1": (["0.8"], TRAIN),
     "adam_beta2": (["0.95"], TRAIN),
@@ -68,9 +103,23 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "lr_scheduler": (["linear"], TRAIN),
     "lr_scheduler_kwargs": (["{num_cycles: 2}"], TRAIN),
     "cosine_min_lr_ratio": (["0.1"], TRAIN),
+    "cosine_constant_lr_ratio": (["0.5", "--cosine_min_lr_ratio=0.1"], TRAIN),
+    "lr_div_factor": (["10", "--lr_scheduler=one_cycle"], TRAIN),
+    "lr_quadratic_warmup": (["true"], TRAIN),
+    "jagged_restart_steps": (["4"], TRAIN),
+    "jagged_restart_warmup_steps": (["1", "--jagged_restart_steps=4"], TRAIN),
+    "jagged_restart_anneal_steps": (["1", "--jagged_restart_steps=4"], TRAIN),
     "warmup_steps": (["2"], TRAIN),
     "warmup_ratio": (["0.1", "--warmup_steps=null"], TRAIN),
     "neftune_noise_alpha": (["5"], TRAIN),
+    "label_smoothing_factor": (["0.1"], TRAIN),
+    "z_loss_coefficient": (["1e-4"], TRAIN),
+    "loss_watchdog_threshold": (["9"], NOTHING),
+    "loss_watchdog_patience": (["2"], NOTHING),
+    "early_stopping_patience": (["2"], TRAIN),
+    "load_best_model_at_end": (["true"], TRAIN),
+    "metric_for_best_model": (["eval_loss"], NOTHING),
+    "greater_is_better": (["false"], NOTHING),
     "seed": (["7"], ALL),
     "bf16": (["true"], WEIGHTS),
     "fp16": (["true"], REFUSED),
@@ -91,12 +140,23 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "eval_max_new_tokens": (["5"], SCORES),
     "num_processes": (["2"], NOTHING),
     "store": (["memory://elsewhere"], NOTHING),
-    "deepspeed": (["zero2.json"], REFUSED),
-    "fsdp": (["[full_shard]"], REFUSED),
-    "fsdp_version": (["2"], NOTHING),
-    "fsdp_config": (["{offload_params: true}"], REFUSED),
-    "load_in_8bit": (["true"], REFUSED),
-    "load_in_4bit": (["true"], REFUSED),
+    "deepspeed": (["zero2.json"], NOTHING),
+    "fsdp_version": (["2", "--fsdp_config={reshard_after_forward: true}"], NOTHING),
+    "fsdp_config": (["{offload_params: true}"], NOTHING),
+    "dp_replicate_size": (["2", "--fsdp_config={offload_params: true}"], NOTHING),
+    "dp_shard_size": (["2", "--fsdp_config={offload_params: true}"], NOTHING),
+    "time_limit": (["90"], NOTHING),
+    "hang_timeout": (["5"], NOTHING),
+    "max_restarts": (["1"], NOTHING),
+    "auto_find_batch_size": (["false"], NOTHING),
+    "load_in_8bit": (["true"], TRAIN),
+    "load_in_4bit": (["true"], TRAIN),
+    "bnb_config_kwargs": (["{bnb_4bit_quant_type: fp4}", "--load_in_4bit=true"], TRAIN),
+    "model_quantization_config": (
+        ["Mxfp4Config", "--model_quantization_config_kwargs={dequantize: true}"],
+        NOTHING,
+    ),
+    "model_quantization_config_kwargs": (["{dequantize: true}"], NOTHING),
     "mlflow_tracking_uri": (["http://127.0.0.1:1"], NOTHING),
     "mlflow_experiment_name": (["mine"], NOTHING),
     # A run's name is the model's name on its card and in its publication.
@@ -130,7 +190,13 @@ def test_a_key_enters_the_stages_it_decides_and_no_other(place, field):
         with pytest.raises(RecipeError, match=field):
             keys(place, overrides)
         return
-    before, after = keys(place, []), keys(place, overrides)
+    if field == "lora_model_dir":
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (place.root / "adapter").mkdir(exist_ok=True)
+            (place.root / "adapter" / name).write_text(name)
+        overrides = [f"--{field}={place.root / 'adapter'}"]
+    before = keys(place, WHOLE if "--adapter=null" in words[1:] else [])
+    after = keys(place, overrides)
     if field == "adapter":  # without one there is nothing to merge
         assert "merge" not in after
         before.pop("merge")

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from regrow.tasks.modeling.rows import SCHEMA, PackedRows
+from regrow.tasks.modeling.rows import SCHEMA, PackedRows, schema_of
 from regrow.tasks.stage import StageError
 
 
@@ -79,6 +79,89 @@ def test_missing_split_says_what_there_is(artifact):
     assert not PackedRows.has(artifact[0], "validation")
     with pytest.raises(StageError, match=r"no validation split; it has train.*val_set_size"):
         PackedRows(artifact[0], "validation")
+
+
+@pytest.fixture
+def remote(artifact):
+    """The same artifact in another file system, with a count of what is read of it."""
+    from regrow.infra.store import Store
+
+    directory, rows = artifact
+    store = Store("memory://rows-test/artifact")
+    names = ["index.json", "train/a.arrow", "train/b.arrow"]
+    store.put_files([(directory / name, name) for name in names])
+    yield store.url, rows
+    store.remove("")
+
+
+def test_rows_are_read_from_a_url(remote):
+    url, rows = remote
+    packed = PackedRows(url, "train")
+    assert PackedRows.has(url, "train")
+    for index in [*range(10), 9, 0, -1]:
+        assert same(packed[index], rows[index])
+    assert same(pickle.loads(pickle.dumps(packed))[8], rows[8])
+
+
+def test_no_more_than_the_wanted_group_is_fetched(remote, monkeypatch):
+    """Footer, one group, nothing ahead: a shard of gigabytes is not downloaded for a row."""
+    from regrow.infra import store
+
+    url, rows = remote
+    read: list[int] = []
+
+    class Counted:
+        def __init__(self, file):
+            self._file = file
+
+        def read(self, size=-1):
+            data = self._file.read(size)
+            read.append(len(data))
+            return data
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self._file.close()
+
+    opened = store.open_ranges
+    monkeypatch.setattr(store, "open_ranges", lambda url: Counted(opened(url)))
+    packed = PackedRows(url, "train")
+    assert same(packed[0], rows[0])
+    first = sum(read)
+    assert same(packed[1], rows[1])
+    assert sum(read) == first  # the same group
+    assert same(packed[4], rows[4])
+    assert 0 < sum(read) - first < 1500
+
+
+def test_other_kinds_have_labels_or_more(tmp_path):
+    columns = {"input_ids": [[1, 2, 3, 4], [5, 6]], "loss_mask": [[0, 1, 0, 1], [0, 1]]}
+    columns |= {"seq_lens": [[2, 2], [2]]}
+    for kind, more in (
+        ("preference", {"labels": [[1, 0], [1]]}),
+        ("prompts", {"extra": [['{"a": 1}', "{}"], ['{"b": "ü"}']]}),
+    ):
+        root = tmp_path / kind
+        root.mkdir()
+        schema = schema_of(kind)
+        with pa.ipc.new_file(str(root / "a.arrow"), schema) as writer:
+            writer.write_table(pa.table({**columns, **more}, schema=schema))
+        counts = {"rows": 2, "examples": 3, "tokens": 6, "supervised_tokens": 3}
+        split = {"shards": [{"file": "a.arrow", "rows": 2}], **counts}
+        (root / "index.json").write_text(json.dumps({"kind": kind, "splits": {"train": split}}))
+        packed = PackedRows(root, "train")
+        assert packed.kind == kind
+        if kind == "prompts":
+            assert [row.extra for row in packed] == [('{"a": 1}', "{}"), ('{"b": "ü"}',)]
+            assert packed[0].labels is None
+        else:
+            assert [row.labels.tolist() for row in packed] == [[1, 0], [1]]
+            assert packed[0].extra is None
 
 
 def test_reader_does_not_load_torch():

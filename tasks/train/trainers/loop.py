@@ -10,17 +10,21 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 from regrow.tasks.stage import StageError
+from regrow.tasks.train.evidence import DIVERGED, StepLosses, evidence_name, keep_evidence
 from regrow.tasks.train.loader import SUPERVISED, TOKENS, MicroBatches, make_loader
 from regrow.tasks.train.metrics import Meter
+from regrow.tasks.train.state import Engine, State, Stored, TorchEngine
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -41,14 +45,12 @@ class StepLoop(_Base):
         super().__init__(train_dataset=batches, **kwargs)
         self._batches, self._validation = batches, validation
         self._meter, self._autocast = meter, autocast
+        self._losses: list[StepLosses] = []  # since the last look at them
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This rank's micro-batches of all steps. Not sharded again: they are this rank's alone.
-
-        On resume the Trainer passes over those of the steps done, by number, reading none.
-        """
+        """This rank's micro-batches of all steps to come. They are not sharded again."""
         return self._loader(self._batches)
 
     def _loader(self, batches: MicroBatches) -> DataLoader[Any]:
@@ -64,6 +66,9 @@ class StepLoop(_Base):
         the mean over tokens whatever the split.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # resumed after the last step
+            return batches, num_items
+        self._losses.append(StepLosses(self.state.global_step))
         assert isinstance(num_items, Tensor), "this model's loss cannot be normalised by tokens"
         for batch in batches:
             self._meter.add(batch.pop(TOKENS), batch.pop(SUPERVISED))
@@ -85,6 +90,73 @@ class StepLoop(_Base):
         """Not counted: Transformers walks through all parameters for it, each micro-batch."""
         return 0
 
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the Trainer does, keeping each micro-batch's loss for `check_losses`."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses[-1].micro.append(loss)
+        return loss
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look; waits for the GPU.
+
+        Raises:
+            StageError: naming the first micro-batch whose loss is no number; its rows are kept.
+        """
+        seen, self._losses = self._losses, []
+        path = Path(str(self.args.output_dir)).parent / evidence_name(self.args.process_index)
+        for losses in seen:
+            keep_evidence(losses, self._batches, path)
+
+    # ---- saving and resuming ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does. The last public method before it notes where counting starts."""
+        self.state.global_step = self._batches.start
+        return super().create_optimizer(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: the Trainer's own checkpoint is empty; `SaveCheckpoints` makes a real one."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def engine(self) -> Engine:
+        """How the tensors of this training are reached; there once training has begun."""
+        optimizer: Any = self.optimizer
+        if self.is_deepspeed_enabled:
+            from regrow.tasks.train.zero import ZeroEngine  # imports DeepSpeed
+
+            return ZeroEngine(cast(Any, self.model_wrapped), cast(Any, self.model))
+        return TorchEngine(cast(Any, self.model), optimizer.optimizer)
+
+    def capture(self) -> State:
+        """All that a resume needs but random states: live tensors, not copies."""
+        state = self.engine.capture()
+        scheduler: Any = self.lr_scheduler
+        state.values |= {
+            "step": self.state.global_step,
+            "scheduler": scheduler.state_dict(),
+            "best": (self.state.best_metric, self.state.best_global_step),
+            "callbacks": {type(c).__name__: c.state()["attributes"] for c in self._stateful()},
+        }
+        return state
+
+    def restore(self, saved: Stored) -> None:
+        """Put back what `capture` gave."""
+        self.engine.restore(saved)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(saved.values["scheduler"])
+        self.state.best_metric, self.state.best_global_step = saved.values["best"]
+        for callback in self._stateful():
+            for name, value in saved.values["callbacks"].get(type(callback).__name__, {}).items():
+                setattr(callback, name, value)
+
+    def _stateful(self) -> list[Any]:
+        """Callbacks with a state of their own, such as early stopping."""
+        found = self.callback_handler.callbacks
+        return [callback for callback in found if isinstance(callback, ExportableState)]
+
     # ---- reports ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -93,14 +165,14 @@ class StepLoop(_Base):
         Raises:
             StageError: when the loss is no number any more; every later step would be lost.
         """
+        if "loss" in logs or "eval_loss" in logs:
+            self.check_losses()
         if "loss" in logs:
             logs |= self._meter.settle(self.args.device)
         for name in ("loss", "eval_loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise StageError(
-                    f"{name} is {logs[name]} at step {self.state.global_step}: training has "
-                    "diverged. Lower learning_rate, raise warmup_steps, or set bf16: false; "
-                    "and look for damaged examples in the data"
+                    f"{name} is {logs[name]} at step {self.state.global_step}: {DIVERGED}"
                 )
         super().log(logs, start_time)
 
@@ -135,6 +207,7 @@ class StepLoop(_Base):
                 batch.pop(TOKENS)
                 sums[1] += batch.pop(SUPERVISED)
                 inputs = _on_device(batch, self.args.device)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
                 with self.compute_loss_context_manager():
                     # Divided by 1 item, the model's loss is the sum over tokens.
                     sums[0] += model(**inputs, num_items_in_batch=1).loss

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import Trainer
 
 from regrow.tasks.train.trainers.loop import StepLoop
+from regrow.tasks.train.trainers.optimization import Optimization
 
 
-class SftTrainer(StepLoop, Trainer):
-    """Transformers' loop and the model's own loss; all else is in `StepLoop`."""
+class SftTrainer(Optimization, StepLoop, Trainer):
+    """Transformers' loop and the model's own loss; all else is in its mixins."""

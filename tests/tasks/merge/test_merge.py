@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,14 +13,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from regrow.tasks.merge import base as merge_base
+from regrow.tasks.merge import lazy, write
 from regrow.tasks.merge import run as merge
-from regrow.tasks.merge.fidelity import compare, logits_of, probe_batch
+from regrow.tasks.merge.base import open_base
+from regrow.tasks.merge.fidelity import compare, probe_batch
+from regrow.tasks.merge.files import ShardWriter
 from regrow.tasks.merge.spec import MergePlacement, MergeSpec
 from regrow.tasks.modeling.adapter import add_adapter, load_adapter
-from regrow.tasks.modeling.load import load_model
+from regrow.tasks.modeling.load import DTYPES, load_model
+from regrow.tasks.modeling.quantization import Quantization
 from regrow.tasks.modeling.rounding import round_weights
 from regrow.tasks.modeling.rows import SCHEMA
 from regrow.tasks.stage import Stage, StageError, StageJob
@@ -146,31 +159,26 @@ def test_modules_trained_whole_are_taken_over(make_job, tiny_llama_dir, tmp_path
     assert not torch.equal(merged.model.norm.weight, base.model.norm.weight.bfloat16())
 
 
-class WrongScale:
-    """A loaded adapter that merges with its scale wrong."""
-
-    def __init__(self, adapted, factor: float) -> None:
-        self.adapted, self.factor = adapted, factor
-
-    def eval(self):
-        return self.adapted.eval()
-
-    def merge_and_unload(self, **kwargs):
-        for module in self.adapted.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.scale_layer(self.factor)
-        return self.adapted.merge_and_unload(**kwargs)
-
-
 @pytest.mark.parametrize("strength", [0.05, 1e-3], ids=["strong", "weak"])
 @pytest.mark.parametrize("factor", [0.5, 1.1, 2.0, 0.0])
 def test_a_wrong_scale_is_refused(
     make_job, tiny_llama_dir, tmp_path, monkeypatch, factor, strength
 ):
     adapter = make_adapter(tiny_llama_dir, tmp_path / "adapter", strength, **LINEAR)
-    monkeypatch.setattr(
-        merge, "load_adapter", lambda *args: WrongScale(load_adapter(*args), factor)
-    )
+
+    @contextlib.contextmanager
+    def merged_wrongly(unit):
+        for layer in unit.modules():
+            if isinstance(layer, lazy.BaseTunerLayer):
+                layer.scale_layer(factor)
+        with right(unit):
+            yield
+        for layer in unit.modules():
+            if isinstance(layer, lazy.BaseTunerLayer):
+                layer.unscale_layer()
+
+    right = lazy.merged
+    monkeypatch.setattr(lazy, "merged", merged_wrongly)
     with pytest.raises(StageError, match="before any rounding"):
         merge.run(make_job(adapter))
 
@@ -178,12 +186,11 @@ def test_a_wrong_scale_is_refused(
 def test_weights_stored_wrongly_are_refused(make_job, tiny_llama_dir, tmp_path, monkeypatch):
     adapter = make_adapter(tiny_llama_dir, tmp_path / "adapter", 0.05, **LINEAR)
 
-    def round_wrongly(model, dtype):
-        round_weights(model, dtype)
-        with torch.no_grad():
-            model.model.norm.weight *= 2
+    class WritesWrongly(ShardWriter):
+        def add(self, name, tensor):
+            super().add(name, tensor * 2 if name == "model.norm.weight" else tensor)
 
-    monkeypatch.setattr(merge, "round_weights", round_wrongly)
+    monkeypatch.setattr(write, "ShardWriter", WritesWrongly)
     with pytest.raises(StageError, match="is allowed"):
         merge.run(make_job(adapter))
 
@@ -210,6 +217,181 @@ def test_an_adapter_of_another_model_is_refused(make_job, tiny_llama_dir, tmp_pa
     stage = dataclasses.replace(job.stage, placement=MergePlacement(str(other)))
     with pytest.raises(StageError, match="does not fit the model"):
         merge.run(dataclasses.replace(job, stage=stage))
+
+
+def merged_by_peft(base: Path, adapter: Path, dtype: str, out: Path) -> Path:
+    """The whole model in float32, merged by PEFT and stored by Transformers."""
+    model = load_model(base, dtype=dtype).float()
+    merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    round_weights(merged, DTYPES[dtype])
+    merged.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def untied_dir(tiny_llama_dir, tmp_path_factory) -> Path:
+    """A Llama whose output head is a matrix of its own, in several files."""
+    out = tmp_path_factory.mktemp("untied")
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(tiny_llama_dir, tie_word_embeddings=False)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(out, max_shard_size="3MB")
+    assert len(list(out.glob("*.safetensors"))) > 1
+    return out
+
+
+SETTINGS = {
+    "lora": LINEAR,
+    "rslora": LINEAR | {"rslora": True},
+    "dora": LINEAR | {"dora": True},
+    "patterns": LINEAR | {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3.0}},
+    "one_layer": LINEAR | {"layers": [1]},
+    "norm": LINEAR | {"modules_to_save": ["norm"]},
+    "embedding": LINEAR | {"modules_to_save": ["embed_tokens"]},
+    "tokens": LINEAR | {"trainable_tokens": [5, 7]},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("ends", ["tied", "untied"])
+def test_layer_by_layer_gives_the_bytes_of_the_whole_model(
+    tiny_llama_dir, untied_dir, tmp_path, kind, dtype, ends
+):
+    where = tiny_llama_dir if ends == "tied" else untied_dir
+    adapter = make_adapter(where, tmp_path / "adapter", 0.05, **SETTINGS[kind])
+    whole = load_file(merged_by_peft(where, adapter, dtype, tmp_path / "a") / "model.safetensors")
+    base = open_base(where, dtype, 0, False)
+    assert base.streamed
+    (tmp_path / "b").mkdir()
+    write.write_merged(base, load_adapter(base.model, adapter), dtype, tmp_path / "b")
+    ours = load_file(tmp_path / "b" / "model.safetensors")
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in "ab"]
+    if (kind, ends) == ("embedding", "tied"):  # PEFT unties the head, to no other effect
+        assert torch.equal(whole.pop("lm_head.weight"), whole["model.embed_tokens.weight"]) or (
+            dtype == "bfloat16"
+        )
+        configs[0]["tie_word_embeddings"] = True
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert configs[0] == configs[1]
+
+
+def test_resting_layers_hold_no_memory_and_wake_as_the_files_say(untied_dir):
+    base = open_base(untied_dir, "bfloat16", 0, False)
+    stored = sum(p.untyped_storage().nbytes() for p in base.model.parameters())
+    assert stored < 4 * len(list(base.model.parameters())) + 1
+    real = dict(load_model(untied_dir, dtype="bfloat16").named_parameters())
+    assert set(base.weights.names.values()) == set(real)
+    for parameter, name in base.weights.names.items():
+        with base.weights.awake([parameter], base.read):
+            assert torch.equal(parameter, real[name].float())
+        assert parameter.untyped_storage().nbytes() == 4
+
+
+def test_new_tokens_have_the_embedding_that_training_gave_them(tiny_llama_dir, untied_dir):
+    for where in (tiny_llama_dir, untied_dir):
+        base = open_base(where, "bfloat16", 49200, False)
+        model = load_model(where, dtype="bfloat16")
+        merge_base.grow_embeddings(model, 49200)
+        for name, weight in model.named_parameters():
+            assert torch.equal(base.read(name), weight.float()), name
+        assert base.model.config.vocab_size == 49200
+
+
+def test_a_large_model_is_stored_in_several_files_with_an_index(tmp_path):
+    writer = ShardWriter(tmp_path, most_bytes=100)
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}  # 40 bytes each
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert len(set(index["weight_map"].values())) == 3
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.fixture(scope="session")
+def mixtral_dir(tmp_path_factory, tiny_llama_dir) -> Path:
+    """A mixture of experts, whose files name each expert and whose modules hold them together."""
+    out = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(2)
+    config = MixtralConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).bfloat16().save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ],
+    ids=["attention", "experts"],
+)
+def test_experts_are_merged_and_stored_under_their_files_names(
+    make_job, mixtral_dir, tmp_path, settings, file_names
+):
+    adapter = make_adapter(mixtral_dir, tmp_path / "adapter", 0.2, **settings)
+    job = make_job(adapter)
+    placement = MergePlacement(str(mixtral_dir))
+    job = dataclasses.replace(job, stage=dataclasses.replace(job.stage, placement=placement))
+    result = merge.run(job)
+    assert result["merge_error"] < 1e-5 * result["logit_scale"] < result["adapter_effect"]
+    before = load_file(mixtral_dir / "model.safetensors")
+    after = load_file(job.out / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("experts" in name for name in changed) == ("target_parameters" in settings)
+
+
+NF4 = Quantization(4, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+
+
+@pytest.mark.parametrize("quantization", [NF4, Quantization(8)], ids=["nf4", "int8"])
+def test_an_adapter_of_a_quantized_base_goes_into_the_unquantized_one(
+    make_job, tiny_llama_dir, tmp_path, quantization
+):
+    pytest.importorskip("bitsandbytes")
+    adapter = make_adapter(tiny_llama_dir, tmp_path / "adapter", 0.05, **LINEAR)
+    job = make_job(adapter, "quantized")
+    spec = MergeSpec("0" * 64, "bfloat16", quantization)
+    result = merge.run(dataclasses.replace(job, stage=dataclasses.replace(job.stage, spec=spec)))
+    plain = make_job(adapter, "plain")
+    merge.run(plain)
+    ours, theirs = (load_file(j.out / "model.safetensors") for j in (job, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (result["base"], result["trained_on"]) == ("bfloat16", str(quantization))
+    # What it says of the quantization is what the quantized model itself does.
+    batch = probe_batch(job.inputs["prepare"])
+    quantized = load_model(tiny_llama_dir, dtype="float32", quantization=quantization)
+    trained = load_adapter(quantized, adapter)
+    original = load_adapter(load_model(tiny_llama_dir, dtype="bfloat16").float(), adapter)
+    with torch.no_grad():
+        difference = trained(**batch).logits.float() - original(**batch).logits
+    seen = difference.double().square().mean().sqrt().item()
+    # Where the base has 8 bits, its inputs have so too, which is not measured.
+    assert result["quantization_effect"] == pytest.approx(
+        seen, rel=0.15 if quantization is NF4 else 0.5
+    )
+    assert result["quantization_effect"] > 0
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits[0].float()
 
 
 @pytest.mark.slow

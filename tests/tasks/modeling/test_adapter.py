@@ -69,7 +69,7 @@ def test_rank_stabilised_scaling():
     ("settings", "message"),
     [
         ({"target_modules": ["no_proj"]}, "lora_target_modules"),
-        ({"target_linear": True, "init": "pissa"}, "peft_init_lora_weights"),
+        ({"target_parameters": ["no.such"]}, "lora_target_parameters"),
         ({"target_modules": ".*_proj", "target_linear": True}, "keep one of the two"),
     ],
 )

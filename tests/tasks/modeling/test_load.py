@@ -119,3 +119,38 @@ def test_new_tokens_start_as_the_mean_of_the_old(model_dir, tied):
     assert (model.get_output_embeddings().weight is new) == tied
     assert model.config.vocab_size == 43
     assert grow_embeddings(model, 43) == grow_embeddings(model, 5) == 0
+
+
+def test_a_base_stored_in_fp8_is_dequantized(tmp_path):
+    """Blocks of 128 x 128 numbers share a scale, as DeepSeek stores them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    stored = {}
+    for name, weight in plain.items():
+        if "_proj" not in name:
+            stored[name] = weight
+            continue
+        rows, columns = (size // 128 for size in weight.shape)
+        blocks = weight.float().view(rows, 128, columns, 128)
+        scale = blocks.abs().amax((1, 3)) / 448  # the largest number in e4m3
+        small = (blocks / scale[:, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
+        stored[name], stored[f"{name}_scale_inv"] = small, scale
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "config.json"
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    settings = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(settings))
+    model = load_model(tmp_path, dtype="bfloat16")
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight, plain[name], rtol=0.07, atol=1e-3)

@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from regrow.configs.load import parse_recipe
+from regrow.infra.digests import DigestMemo
 from regrow.tasks.prepare import run as prepare
-from regrow.tasks.prepare.sources import resolve
+from regrow.tasks.prepare.sources import identified
 from regrow.tasks.prepare.spec import VERSION, PreparePlacement, PrepareSpec
 from regrow.tasks.stage import Stage, StageJob, fingerprint
 
@@ -32,6 +33,7 @@ class Units:
         key = fingerprint({"unit": name, "version": version, "spec": spec})
         found = key in self.results
         if not found:
+            shutil.rmtree(self.root / key, ignore_errors=True)  # of an attempt that did not end
             (self.root / key).mkdir(parents=True)
             self.results[key] = json.loads(json.dumps(build(self.root / key)))
             self.built.append(name)
@@ -100,8 +102,8 @@ class Workbench:
             }
         ).recipe
         files = {
-            "dataset_files": [_files(dataset) for dataset in recipe.datasets],
-            "test_dataset_files": [_files(dataset) for dataset in recipe.test_datasets],
+            "dataset_files": [_files(d, recipe.streaming) for d in recipe.datasets],
+            "test_dataset_files": [_files(d) for d in recipe.test_datasets],
         }
         placement = PreparePlacement.from_recipe(
             recipe, **files, tokenizer_path=str(self._tokenizer)
@@ -134,9 +136,8 @@ class Workbench:
         return Prepared(job.out, prepare.run(job), report, self.units, stage)
 
 
-def _files(dataset: Any) -> dict[str, str]:
-    places = resolve(dataset.path, dataset.data_files, dataset.ds_type, split=dataset.split)
-    return {place: hashlib.sha256(Path(place).read_bytes()).hexdigest() for place in places}
+def _files(dataset: Any, streaming: bool = False) -> list[dict[str, str]]:
+    return identified(dataset, "datasets.0", DigestMemo(None), streaming)
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,13 @@ from tokenizers import (
 
 from regrow.tasks.prepare.encoding import Encoder
 from regrow.tasks.prepare.example import Conversation, Document, RowError, Segment
-from regrow.tasks.prepare.masking import Masker, MaskRules, locate
+from regrow.tasks.prepare.masking import Masker, MaskRules
 from regrow.tasks.prepare.rendering import ChatTemplate
 from regrow.tasks.prepare.templates import TEMPLATES
 from regrow.tasks.prepare.tokenizer import SavedTokenizer, save_tokenizer
+
+TRIM = ("llama3", "mistral", "gemma", "cohere", "vicuna")
+"""Templates that strip answers."""
 
 SPECIALS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -30,6 +33,15 @@ SPECIALS = {
     "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
     "gemma": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
     "alpaca": ("<s>", "</s>"),
+    "phi_3": ("<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+    "deepseek_v2": ("<bos>", "<eos>", "<｜User｜>", "<｜Assistant｜>"),
+    "qwen3": ("<|im_start|>", "<|im_end|>"),
+    "mistral_v7_tekken": ("<s>", "</s>", "[INST]", "[/INST]"),
+    "cohere": (
+        *("<bos>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>"),
+        *("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    ),
+    "vicuna": ("<s>", "</s>"),
 }
 """Template -> its begin and end of text, and other special tokens."""
 
@@ -157,7 +169,7 @@ def test_tool_calls_are_learnt_with_their_frame():
     ]
 
 
-@pytest.mark.parametrize("content", ["  both\n", "\tleft", "right \n\n", " ", ""])
+@pytest.mark.parametrize("content", ["  both\n", "\tleft", "right \n\n"])
 def test_stripped_content_is_learnt_as_printed(content):
     template = (
         "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}\n<|im_end|>{% endfor %}"
@@ -166,7 +178,7 @@ def test_stripped_content_is_learnt_as_printed(content):
     assert found == [f"{content.strip()}\n<|im_end|>"]
 
 
-@pytest.mark.parametrize("content", ["  both\n", "\tleft", "right \n\n", " ", ""])
+@pytest.mark.parametrize("content", ["  both\n", "\tleft", "right \n\n", " "])
 def test_white_space_that_is_printed_is_learnt(content):
     found = trained_texts(TEMPLATES["chatml"], turns(QUESTION, ("assistant", content)))
     assert found == [f"{content}<|im_end|>"]
@@ -194,10 +206,52 @@ def test_content_that_looks_like_the_marks_is_no_trap():
     assert found == [f"{content}<|im_end|>"]
 
 
-def test_everything_is_learnt_with_train_on_inputs():
-    conversation = turns(QUESTION, ("assistant", "a"))
-    text = ChatTemplate(TEMPLATES["chatml"], {}).render(conversation.messages)
-    assert trained_texts(TEMPLATES["chatml"], conversation, train_on_inputs=True) == [text]
+@pytest.mark.parametrize("rule", ["turn", "all", "last"])
+def test_empty_answer_teaches_nothing(rule):
+    """Not to stop at once either; Axolotl's rule (it finds no turn and trains none of it)."""
+    conversation = turns(QUESTION, ("assistant", ""), QUESTION, ("assistant", "b"))
+    found = trained_texts(TEMPLATES["chatml"], conversation, train_on_eos=rule, train_on_eot=rule)
+    assert found[-1] == "b<|im_end|>"
+    assert "".join(found).count("<|im_end|>") == (3 if rule == "all" else 1)
+
+
+def test_last_end_is_that_of_the_last_trained_message():
+    conversation = turns(QUESTION, ("assistant", "a"), QUESTION, ("assistant", "b"), QUESTION)
+    rules = {"train_on_eos": "last", "train_on_eot": "last"}
+    assert trained_texts(TEMPLATES["chatml"], conversation, **rules) == ["a", "b<|im_end|>"]
+
+
+def test_turn_of_the_user_is_not_taken_for_an_end():
+    """Metharme ends no answer but the last; what follows the others begins the user's turn."""
+    template = ChatTemplate(TEMPLATES["metharme"], {"bos_token": "<s>", "eos_token": "</s>"})
+    masker = Masker(template, MaskRules(), "</s>", ("<s>", "</s>", "<|user|>", "<|model|>"))
+    rendered = masker.render(turns(QUESTION, ("assistant", "a"), QUESTION, ("assistant", "b")))
+    assert [rendered.text[s:e] for s, e in rendered.spans] == ["a", "b</s>"]
+    assert rendered.unended == 1
+
+
+def test_both_of_two_ends_are_learnt_and_not_the_line_between():
+    """Phi 3's own template: <|end|>, a newline and, at the very end, <|endoftext|>."""
+    text = TEMPLATES["phi_35"] + "{{ '<|endoftext|>' }}"
+    ends = ("<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>")
+    masker = Masker(ChatTemplate(text, {}), MaskRules(), "<|endoftext|>", ends)
+    rendered = masker.render(turns(QUESTION, ("assistant", "a")))
+    assert [rendered.text[s:e] for s, e in rendered.spans] == ["a<|end|>", "<|endoftext|>"]
+
+
+def test_space_that_the_model_has_to_write_is_learnt():
+    """Mistral prints a space before an answer that is not in the prompt, Llama 2 one before </s>;
+    a prompt that ends with the space itself leaves nothing to learn."""
+    mistral = TEMPLATES["mistral_v1"]
+    spaced = mistral.replace(
+        "message['content'] + eos_token", "message['content'] + ' ' + eos_token"
+    )
+    for text, expected in ((mistral, " 4</s>"), (spaced, " 4 </s>")):
+        template = ChatTemplate(text, {"bos_token": "<s>", "eos_token": "</s>"})
+        rendered = Masker(template, MaskRules(), "</s>", ("<s>", "</s>")).render(
+            turns(QUESTION, ("assistant", "4"))
+        )
+        assert [rendered.text[s:e] for s, e in rendered.spans] == [expected]
 
 
 # ---- with real tokens
@@ -274,9 +328,9 @@ DIALOGUES = st.tuples(
 def test_trained_tokens_spell_the_answers(encoder_for, name):
     encoder = encoder_for(name)
     eos = "<end_of_turn>" if name == "gemma" else SPECIALS[name][1]
-    trims = name in ("llama3", "mistral", "gemma")
+    trims = name in TRIM
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(DIALOGUES)
     def check(dialogue):
         system, pairs = dialogue
@@ -286,9 +340,13 @@ def test_trained_tokens_spell_the_answers(encoder_for, name):
         # SmolLM2's vocabulary lacks some bytes, so it cannot spell every character.
         assume(all(spells(encoder, text) for _, text in messages))
         learnt = runs(encoder, turns(*messages))
-        assert len(learnt) == len(pairs)
-        for text, (_, answer) in zip(learnt, pairs, strict=True):
-            expected = (answer.strip() if trims else answer) + eos
+        answers = [answer.strip() if trims else answer for _, answer in pairs]
+        if name == "qwen3":  # prints the last answer behind its thinking
+            answers[-1] = answers[-1].lstrip("\n")
+        answers = [answer for answer in answers if answer]  # an empty one teaches nothing
+        assert len(learnt) == len(answers)
+        for text, answer in zip(learnt, answers, strict=True):
+            expected = answer + eos
             # The first token may reach back over white space that the template puts before it.
             assert text.endswith(expected)
             assert not text.removesuffix(expected).strip()
@@ -416,10 +474,3 @@ def sentencepiece_like(scheme: str) -> str:
     tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return tokenizer.to_str()
-
-
-def test_locate_finds_every_wanted_message():
-    template = ChatTemplate(TEMPLATES["chatml"], {})
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, places = locate(template, messages, [0, 1])
-    assert {i: text[s:e] for i, (s, e) in places.items()} == {0: "a", 1: "b"}

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regrow.tasks.prepare import packing
 from regrow.tasks.prepare.ordering import mixed, shuffled
-from regrow.tasks.prepare.packing import best_fit_decreasing, exactly_closed, one_each, pack
+from regrow.tasks.prepare.packing import (
+    best_fit_decreasing,
+    exactly_closed,
+    in_order,
+    one_each,
+    pack,
+    row_sizes,
+)
 
 
 def check_packs(packs, lengths, capacity):
@@ -27,6 +35,28 @@ def check_packs(packs, lengths, capacity):
 def test_every_item_is_in_one_row_that_holds_it(drawn):
     capacity, lengths = drawn[0], np.array(drawn[1], np.int32)
     check_packs(pack(lengths, capacity), lengths, capacity)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 64).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c)))))
+def test_rows_in_order_are_closed_only_when_the_next_does_not_fit(drawn):
+    capacity, lengths = drawn[0], np.array(drawn[1], np.int32)
+    packs = in_order(lengths, capacity)
+    check_packs(packs, lengths, capacity)
+    assert packs.items.tolist() == list(range(len(lengths)))
+    for row in range(len(packs) - 1):
+        assert lengths[packs.row(row)].sum() + lengths[packs.offsets[row + 1]] > capacity
+
+
+def test_sizes_of_rows_are_sums_over_their_items(monkeypatch):
+    monkeypatch.setattr(packing, "_ROWS_AT_ONCE", 2)
+    pairs = np.random.default_rng(0).integers(1, 9, (50, 2))
+    packs = pack(pairs.sum(axis=1), 20)
+    sizes = row_sizes(pairs, packs)
+    for row in range(len(packs)):
+        its = pairs[packs.row(row)]
+        assert sizes[row].tolist() == [its.sum(), (its**2).sum()]
+    assert row_sizes(pairs[:, 0], one_each(50)).tolist() == [[n, n * n] for n in pairs[:, 0]]
 
 
 @settings(deadline=None)

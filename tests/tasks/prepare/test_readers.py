@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from regrow.tasks.prepare import readers
+from regrow.tasks.prepare.folders import file_kind
 from regrow.tasks.prepare.localize import localize
-from regrow.tasks.prepare.sources import file_kind
 from regrow.tasks.stage import StageError
 
 ROWS = [{"text": f"row {i} äöü 🦊\u2028 end", "n": i} for i in range(50)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+HALVES = (LINES[: len(LINES) // 2], LINES[len(LINES) // 2 :])
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,7 @@ def read(tmp_path):
         digest = hashlib.sha256(data).hexdigest()
         file = localize(str(path), digest, file_kind(name, ds_type), scratch)
         chunks = readers.find_chunks(file)
+        run.chunks = len(chunks)
         return [
             (file.where(number).removeprefix(f"{tmp_path}/"), row)
             for chunk in chunks
@@ -46,18 +48,18 @@ def read(tmp_path):
     return run
 
 
-def arrow_file(kind: str) -> bytes:
+def arrow_file(kind: str, rows: int = 7) -> bytes:
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(ROWS)
     new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
     with new(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=7)
+        writer.write_table(table, max_chunksize=rows)
     return sink.getvalue().to_pybytes()
 
 
-def parquet_file() -> bytes:
+def parquet_file(rows: int = 7) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(ROWS), sink, row_group_size=7)
+    pq.write_table(pa.Table.from_pylist(ROWS), sink, row_group_size=rows)
     return sink.getvalue().to_pybytes()
 
 
@@ -72,6 +74,9 @@ FILES = {
     "a.jsonl.gz": gzip.compress(LINES),
     "a.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
     "a.jsonl.xz": lzma.compress(LINES),
+    "a.jsonl.zst": pa.compress(LINES, "zstd", asbytes=True),
+    "two-parts.jsonl.zst": b"".join(pa.compress(half, "zstd", asbytes=True) for half in HALVES),
+    "list.json.zst": pa.compress(json.dumps(ROWS).encode(), "zstd", asbytes=True),
     "a.parquet": parquet_file(),
     "file.arrow": arrow_file("file"),
     "stream.arrow": arrow_file("stream"),
@@ -87,6 +92,17 @@ def test_every_row_once_and_in_order(read, name):
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (13, 29), (49, 50), (50, 99), (7, 7)])
 def test_any_range_of_rows(read, name, low, high):
     assert [row for _, row in read(name, FILES[name], low, high)] == ROWS[low:high]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+@pytest.mark.parametrize(("low", "high"), [(0, 99), (13, 29), (3, 4)])
+def test_large_row_groups_are_several_chunks(read, name, low, high, monkeypatch):
+    whole = {"a.parquet": parquet_file(50), "file.arrow": arrow_file("file", 50)}
+    data = whole.get(name) or arrow_file("stream", 50)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(readers, "_BATCH_ROWS", 4)
+    assert [row for _, row in read(name, data, low, high)] == ROWS[low:high]
+    assert read.chunks > 3
 
 
 def test_csv_and_text(read):
@@ -131,6 +147,12 @@ def test_lone_row_files(read):
         ("a.csv", b'a,b\n1,"2\n', r"a\.csv:\d: not valid CSV"),
         ("a.parquet", b"not parquet", r"a\.parquet: cannot be read as parquet"),
         ("a.arrow", b"not arrow at all", r"a\.arrow: cannot be read as arrow"),
+        ("a.jsonl.zst", b"not zst", r"a\.jsonl\.zst: cannot be decompressed"),
+        (
+            "b.jsonl.zst",
+            pa.compress(LINES, "zstd", asbytes=True)[:-20],
+            r"b\.jsonl\.zst: cannot be decompressed.*is the copy whole",
+        ),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], r"a\.jsonl\.gz: cannot be decompressed"),
     ],
 )

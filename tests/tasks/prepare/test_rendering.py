@@ -85,10 +85,10 @@ def test_name_means_its_text_and_default_means_the_tokenizers_own(tmp_path):
     assert template_text("chatml", None) == TEMPLATES["chatml"]
     assert template_text("jinja", str(file)) == "{{ messages }}"
     assert template_text(None, "{{ 1 }}") == "{{ 1 }}"
-    for own in (None, "tokenizer_default", "qwen3", "tokenizer_default_fallback_chatml"):
+    for own in (None, "tokenizer_default", "qwen3_5", "tokenizer_default_fallback_chatml"):
         assert template_text(own, None) is None
     assert fallback_text("tokenizer_default_fallback_llama3") == TEMPLATES["llama3"]
-    assert fallback_text("qwen3") == TEMPLATES["chatml"]
+    assert fallback_text("qwen3_5") == TEMPLATES["qwen3"]
     assert fallback_text("tokenizer_default") is None
 
 
@@ -103,3 +103,66 @@ def test_name_means_its_text_and_default_means_the_tokenizers_own(tmp_path):
 def test_unknown_template_is_an_error_with_a_remedy(name, jinja, message):
     with pytest.raises(StageError, match=message):
         template_text(name, jinja)
+
+
+PUBLISHED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    "<|im_start|>assistant\nA<|im_end|>\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>",
+    "gemma": "<s><start_of_turn>user\nS\n\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n",
+    "gemma3": "<s><start_of_turn>user\nS\n\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n",
+    "mistral_v1": "<s> [INST] S\n\nQ [/INST] A</s>",
+    "mistral_v2v3": "<s>[INST] S\n\nQ[/INST] A</s>",
+    "mistral_v3_tekken": "<s>[INST]S\n\nQ[/INST]A</s>",
+    "mistral_v7_tekken": "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]Q[/INST]A</s>",
+    "phi_3": "<s><|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n",
+    "phi_35": "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n",
+    "alpaca": "<s>S\n\n### Instruction:\nQ\n\n### Response:\nA</s>",
+    "vicuna": "<s>S USER: Q ASSISTANT: A</s>",
+    "cohere": "<s><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>S<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Q<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>A<|END_OF_TURN_TOKEN|>",
+    "deepseek_v2": "<s>S\n\n<｜User｜>Q<｜Assistant｜>A</s>",
+    "deepseek_v3": "<s>S<｜User｜>Q<｜Assistant｜>A<｜end▁of▁sentence｜>",
+    "exaone": "[|system|]S[|endofturn|]\n[|user|]Q\n[|assistant|]A[|endofturn|]\n",
+    "falcon_h1": "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    "<|im_start|>assistant\nA<|im_end|>\n",
+    "metharme": "<s><|system|>S<|user|>Q<|model|>A</s>",
+    "qwen_25": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    "<|im_start|>assistant\nA<|im_end|>\n",
+    "qwen3": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n",
+}
+"""What the model families' own documents and tokenizers show for S, Q and A."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bundled_template_prints_the_published_format(name):
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    assert template.render(messages) == PUBLISHED[name]
+    if not name.startswith(("qwen3", "mistral_v2v3", "mistral_v3_tekken", "metharme", "alpaca")):
+        prompt = template.render(messages[:2], None, True)
+        assert PUBLISHED[name].startswith(prompt)
+
+
+def test_qwen3_keeps_thinking_behind_the_last_question_only():
+    template = ChatTemplate(TEMPLATES["qwen3"], {})
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    call = {**answer, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    question, result = {"role": "user", "content": "q"}, {"role": "tool", "content": "r"}
+    text = template.render([question, answer, question, call, result, answer])
+    first, second, third = text.split("<|im_start|>assistant\n")[1:]
+    assert first.startswith("a<|im_end|>")
+    assert second.startswith(
+        '<think>\nhm\n</think>\n\na\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}'
+        "\n</tool_call>"
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\nr\n</tool_response><|im_end|>\n"
+    )
+    assert third == "<think>\nhm\n</think>\n\na<|im_end|>\n"

@@ -104,8 +104,9 @@ def test_result_and_index_count_what_is_stored(bench):
             "tokens": sum(its["tokens"] for its in prepared.result["splits"].values()),
         }
     ]
-    assert prepared.report.steps[0][2:] == ("rows", "tokenized")
-    assert (100, 100, "rows", "tokenized") in prepared.report.steps
+    tokenized = [step for step in prepared.report.steps if step[2] == "rows"]
+    assert tokenized[-1][:2] == (100, 100)
+    assert all(note.startswith("tokenized") and "tokens/s" in note for *_, note in tokenized)
 
 
 def test_same_bytes_however_many_processes_and_again(bench, monkeypatch):
@@ -278,7 +279,7 @@ def test_too_long_examples(bench, strategy):
     words = "".join(pieces).count("word")
     if strategy == "drop":
         assert words == 0
-        assert any("1 examples dropped: too long" in line for line in prepared.report.lines)
+        assert any("1 examples dropped: they are too long" in line for line in prepared.report.lines)
     elif strategy == "truncate":
         assert len(pieces) == 1
         assert 50 < words < 128
@@ -299,12 +300,7 @@ def test_long_documents_are_split_and_learnt(bench):
     prepared = bench.run(datasets=[{"path": path, "type": "completion"}], sequence_len=128)
     whole = "".join(text for text, _ in sorted_by_first_number(unpacked(prepared)))
     assert whole.replace("short one<|im_end|>", "") == f"{text}<|im_end|>"
-    assert prepared.result["dropped"] == {
-        "repeated": 0,
-        "too_short": 0,
-        "too_long": 0,
-        "nothing_learnt": 0,
-    }
+    assert not any(prepared.result["dropped"].values())
     packed = PackedRows(prepared.out, "train")
     lengths = [n for i in range(len(packed)) for n in packed[i].seq_lens]
     assert prepared.result["splits"]["train"]["supervised_tokens"] == sum(n - 1 for n in lengths)

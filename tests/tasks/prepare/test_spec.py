@@ -28,6 +28,14 @@ def key(bench):
         {"seed": 1},
         {"excess_length_strategy": "truncate"},
         {"min_sample_len": 3},
+        {"eval_sequence_len": 100},
+        {"sample_packing_sequentially": True},
+        {"shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True},
+        {"dataset_shard_num": 2},
+        {"streaming": True, "max_steps": 1},
+        {"dataset": {"weight": 2}},
+        {"dataset": {"skip": 1}},
+        {"dataset": {"split": "train+train[:1]"}},
         {"dataset_exact_deduplication": True},
         {"shuffle_merged_datasets": False},
         {"chat_template": "chatml"},
@@ -56,6 +64,10 @@ def test_what_decides_the_rows_changes_the_key(key, change):
         {"placed": {"locations": {"x": "elsewhere"}}},
         {"learning_rate": 3e-4},
         {"dataset_num_proc": 3},
+        {"max_steps": 3},  # decides only how far a stream is read
+        {"shuffle_before_merging_datasets": True},  # all examples are mixed anyway
+        {"validation_leakage": "keep"},  # there is no test_datasets
+        {"dataset_shard_num": 1},
         {"chat_template": "tokenizer_default"},
     ],
     ids=str,

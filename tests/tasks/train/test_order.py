@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from accelerate import skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regrow.tasks.modeling.row_sizes import costs
+from regrow.tasks.prepare.packing import pack, row_sizes
 from regrow.tasks.train.loader import SUPERVISED, TOKENS, FileOrder, MicroBatches, make_loader
 from regrow.tasks.train.order import DataOrder, Split, choose_split
 from regrow.tasks.train.schedule import Cadence, total_steps, warmup_steps
@@ -40,6 +44,90 @@ def test_any_split_covers_the_rows_of_a_step_once(order, step, world_size, micro
     ]
     assert all(len(part) <= split.micro_batch_size for part in parts)
     assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
+
+
+COSTS = st.lists(st.floats(0, 1e6), min_size=60, max_size=60).map(np.array)
+
+
+@given(ORDERS, st.integers(0, 20), st.integers(1, 8), st.integers(1, 8), COSTS)
+def test_balancing_moves_rows_between_ranks_and_out_of_no_step(order, step, world, micro, costs):
+    split = choose_split(order.global_batch_size, micro, world, costs)
+    plain = choose_split(order.global_batch_size, micro, world)
+    rows = order.rows(step)
+    parts = {
+        (r, m): split.rows(rows, r, m) for r in range(world) for m in range(split.accumulation)
+    }
+    assert all(len(part) <= split.micro_batch_size for part in parts.values())
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == sorted(rows.tolist())
+    for number in range(split.accumulation):  # no more ranks are idle than without costs
+        rows_now = sum(len(parts[rank, number]) for rank in range(world))
+        assert rows_now == sum(len(plain.rows(rows, rank, number)) for rank in range(world))
+    again = {place: split.rows(rows, *place) for place in parts}
+    assert all(parts[place].tolist() == again[place].tolist() for place in parts)
+
+
+def test_ranks_wait_less_for_each_other_with_costs():
+    """Rows of 32768 tokens packed from lognormal lengths, 8 ranks: the slowest against the mean."""
+    lengths = np.random.default_rng(0).lognormal(np.log(400), 1.5, 100_000).astype(int) + 1
+    lengths = lengths[lengths <= 32768]
+    packs = pack(lengths, 32768)
+    work = costs(row_sizes(lengths, packs), hidden_size=4096)
+    order = DataOrder(len(packs), 64, seed=0)
+
+    def waiting(split):
+        found = []
+        for step in range(order.steps_per_epoch - 1):
+            rows = order.rows(step)
+            for micro in range(split.accumulation):
+                each = [work[split.rows(rows, rank, micro)].sum() for rank in range(8)]
+                found.append(max(each) / np.mean(each))
+        return np.mean(found)
+
+    assert waiting(choose_split(64, 1, 8)) > 1.15
+    assert waiting(choose_split(64, 1, 8, work)) < 1.05
+    assert waiting(choose_split(64, 2, 8, work)) < 1.05
+
+
+def test_one_rank_keeps_the_order_of_the_step():
+    costs = np.arange(60.0)
+    rows = DataOrder(60, 8, 0).rows(3)
+    split = choose_split(8, 2, 1, costs)
+    assert np.concatenate([split.rows(rows, 0, m) for m in range(4)]).tolist() == rows.tolist()
+
+
+def test_work_grows_with_the_square_of_the_length():
+    sizes = np.array([[4096, 4096**2], [4096, 8 * 512**2]])
+    one_long, many_short = costs(sizes, hidden_size=64)
+    assert one_long > 3 * many_short
+    assert costs(np.array([[100, 10_000]]), hidden_size=10**9)[0] == pytest.approx(100)
+
+
+@given(ORDERS, st.integers(0, 3), st.integers(0, 99))
+def test_an_epoch_by_length_reads_every_row_once(order, epoch, seed):
+    lengths = np.random.default_rng(seed).integers(1, 999, order.num_rows)
+    grouped = replace(order, kind="by_length", lengths=lengths)
+    first = epoch * order.steps_per_epoch
+    steps = [grouped.rows(step) for step in range(first, first + order.steps_per_epoch)]
+    assert [len(rows) for rows in steps] == [
+        len(order.rows(step)) for step in range(first, first + order.steps_per_epoch)
+    ]
+    assert sorted(np.concatenate(steps).tolist()) == list(range(order.num_rows))
+
+
+def test_rows_of_a_step_by_length_are_alike_and_differ_in_each_epoch():
+    lengths = np.random.default_rng(0).integers(1, 1000, 4000)
+    order = DataOrder(4000, 16, 0, "by_length", lengths)
+    spreads = [np.ptp(lengths[order.rows(step)]) for step in range(order.steps_per_epoch)]
+    assert np.mean(spreads) < 50  # of 1000; 880 without
+    means = [lengths[order.rows(step)].mean() for step in range(order.steps_per_epoch)]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.2  # long ones not first
+    following = [order.rows(order.steps_per_epoch + step) for step in range(3)]
+    assert all(set(rows) != set(order.rows(step)) for step, rows in enumerate(following))
+
+
+def test_stored_order_is_that_of_the_files_in_every_epoch():
+    order = DataOrder(5, 2, 0, "stored")
+    assert [order.rows(step).tolist() for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
 
 
 def test_epochs_and_seeds_differ():

@@ -16,6 +16,7 @@ from regrow.infra.launch import WorkerFailed
 from regrow.infra.settings import child_environment
 from regrow.tasks.stage import Stage, StageError, StageJob
 from regrow.tasks.train import run as stage
+from regrow.tasks.train.attempts import explained, memory_advice
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
 
@@ -134,18 +135,18 @@ def test_a_fault_of_the_user_comes_back_as_one(make_job, tmp_path):
 def failure(message, tmp_path):
     log = tmp_path / "worker.log"
     log.write_text("first\nlast words\n")
-    return stage._explained(WorkerFailed(message, 0, "", log))
+    return WorkerFailed(message, 0, "", log)
 
 
-def test_running_out_of_memory_is_explained(tmp_path):
-    error = failure("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", tmp_path)
-    assert isinstance(error, StageError)
-    assert "micro_batch_size" in str(error)
-    assert "Tried to allocate" in str(error)
+def test_running_out_of_memory_is_explained(make_job, tmp_path):
+    found = failure("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", tmp_path)
+    advice = memory_advice(found, make_job("a"))
+    assert "micro_batch_size" in advice
+    assert "Tried to allocate" in advice
 
 
 def test_other_failures_name_the_log_with_all_output(tmp_path):
-    error = failure("RuntimeError: boom", tmp_path)
+    error = explained(failure("RuntimeError: boom", tmp_path))
     assert isinstance(error, WorkerFailed)
     assert "RuntimeError: boom" in str(error)
     assert str(error.log_path) in str(error)
@@ -153,6 +154,6 @@ def test_other_failures_name_the_log_with_all_output(tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path):
-    error = failure("ImportError: You need to install `bitsandbytes`", tmp_path)
+    error = explained(failure("ImportError: You need to install `bitsandbytes`", tmp_path))
     assert isinstance(error, StageError)
     assert "regrow[gpu]" in str(error)

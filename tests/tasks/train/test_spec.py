@@ -104,9 +104,9 @@ def test_a_pattern_of_modules_stays_a_pattern():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"peft_init_lora_weights": "pissa"}, {"lr_scheduler": "reduce_lr_on_plateau"}],
+    [{"peft_init_lora_weights": "corda"}, {"lr_scheduler": "reduce_lr_on_plateau"}],
 )
-def test_what_cannot_be_repeated_is_refused_when_planning(changes):
+def test_what_cannot_be_done_is_refused_when_planning(changes):
     with pytest.raises((StageError, ValueError), match=next(iter(changes))):
         spec(**changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -99,7 +100,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_passed_over(make_job, 
     store = ArtifactStore.open_url(undisturbed.checkpoints.url)
     assert store.children("checkpoints/b") == [f"checkpoints/b/step-0000000{n}" for n in (6, 9)]
     record = store.lookup("checkpoints/b/step-00000009")
-    optimizer = store.fetch(record) / "optimizer.pt"
+    (optimizer,) = store.fetch(record).glob("*.safetensors")
     data = bytearray(optimizer.read_bytes())
     data[len(data) // 2] ^= 1
     optimizer.write_bytes(data)
@@ -111,7 +112,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_passed_over(make_job, 
     with caplog.at_level(logging.INFO):
         train(resumed)
     assert "step-00000012 was not finished" in caplog.text
-    assert "step-00000009 is damaged: optimizer.pt" in caplog.text
+    assert "step-00000009 is damaged: shard-00001" in caplog.text
     assert "resuming after step 6 of 12" in caplog.text
     assert file_bytes(resumed.out) == file_bytes(undisturbed.out)
 
@@ -202,3 +203,16 @@ def test_a_micro_batch_that_does_not_divide_is_lowered_and_said(make_job, caplog
 def test_diverged_training_stops_and_says_why(make_job):
     with pytest.raises(StageError, match="learning_rate"):
         train(make_job("a", WHOLE | {"learning_rate": 1e30, "max_grad_norm": 0.0}))
+
+
+def test_training_goes_on_from_an_adapter(make_job):
+    """Its rank and targets hold, whatever the recipe says of them."""
+    first = make_job("first", {"max_steps": 3})
+    train(first)
+    start = {"adapter": AdapterSpec(r=0, alpha=0, start="f" * 64), "max_steps": 1}
+    job = make_job("second", start | {"learning_rate": 1e-9})
+    result = train(dataclasses.replace(job, start_adapter=first.out))
+    assert result["trainable_parameters"] > 0
+    before, after = tensors(first), tensors(job)
+    assert before.keys() == after.keys()
+    assert max((before[n] - after[n]).abs().max().item() for n in before) < 1e-6

@@ -1,0 +1,124 @@
+"""FSDP and DeepSpeed as Axolotl's recipes write them, old and new, in the words of our fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from regrow.configs.draft import Draft
+from regrow.configs.faults import Notice
+
+_SHIPPED = Path(__file__).parent / "deepspeed"
+
+# Of FSDP1 only: FSDP2 does these by itself.
+_ONLY_FSDP1 = (
+    "limit_all_gathers",
+    "sync_module_states",
+    "use_orig_params",
+    "backward_prefetch",
+    "forward_prefetch",
+    "final_state_dict_type",
+)
+_RESHARDS = {"full_shard": True, "shard_grad_op": False}
+_HYBRID = {"hybrid_shard": True, "hybrid_shard_zero2": False}
+
+
+def read_sharding(draft: Draft, directory: Path | None) -> None:
+    """Rewrite `fsdp`, `fsdp_version` and `fsdp_config`, and read the file that `deepspeed` names.
+
+    Args:
+        directory: the recipe's; None: there is none.
+    """
+    _fsdp(draft)
+    _deepspeed(draft, directory)
+
+
+def _fsdp(draft: Draft) -> None:
+    data = draft.data
+    listed, config = data.pop("fsdp", None), data.get("fsdp_config")
+    if config is not None and not isinstance(config, dict):
+        return  # the check of types says it
+    if not listed and not config and config != {}:
+        data.pop("fsdp_config", None)
+        return
+    if config is None:
+        config = data["fsdp_config"] = {}
+    for name in [name for name in config if name.startswith("fsdp_")]:
+        draft.move(("fsdp_config", name), ("fsdp_config", name.removeprefix("fsdp_")), config[name])
+    _version(draft, config)
+    words = listed.split() if isinstance(listed, str) else list(listed or ())
+    _old_words(draft, config, words)
+    dropped = [name for name in _ONLY_FSDP1 if name in config]
+    for name in dropped:
+        del config[name]
+        draft.ignore(f"fsdp_config.{name}", "FSDP2 does it by itself")
+    layers = config.get("transformer_layer_cls_to_wrap")
+    if isinstance(layers, str):
+        config["transformer_layer_cls_to_wrap"] = [name.strip() for name in layers.split(",")]
+
+
+def _version(draft: Draft, config: dict[str, Any]) -> None:
+    """Axolotl takes version 1 where none is given."""
+    inside = config.pop("version", None)
+    version = draft.data.get("fsdp_version", inside or 1)
+    if version in (1, "1"):
+        why = "FSDP version 1 is gone from the libraries; version 2 computes the same"
+        draft.notices.append(Notice("set", ("fsdp_version",), why, 2))
+        version = 2
+    draft.data["fsdp_version"] = int(version) if str(version).isdigit() else version
+
+
+def _old_words(draft: Draft, config: dict[str, Any], words: list[Any]) -> None:
+    """The list `fsdp`, and version 1's `sharding_strategy`."""
+    strategy = config.pop("sharding_strategy", None)
+    for word in [*words, *([strategy] if strategy is not None else [])]:
+        name = str(word).lower()
+        if name in _RESHARDS:
+            config.setdefault("reshard_after_forward", _RESHARDS[name])
+        elif name in _HYBRID:
+            config.setdefault("reshard_after_forward", _HYBRID[name])
+            if draft.data.get("dp_replicate_size", 1) == 1:
+                why = f"{word} shards within a machine and copies between machines"
+                remedy = "Use `full_shard` with `dp_replicate_size`, the number of machines"
+                draft.fault(("fsdp_config",), why, remedy, word)
+        elif name == "offload":
+            config.setdefault("offload_params", True)
+        elif name == "no_shard":
+            why = "no_shard gives every process the whole model"
+            draft.fault(("fsdp_config",), why, "Remove `fsdp` and `fsdp_config`", word)
+        elif name != "auto_wrap":
+            draft.fault(("fsdp_config",), "FSDP has no such option", "Remove it", word)
+
+
+def shipped_deepspeed() -> list[str]:
+    """Names of the DeepSpeed configurations that come with Regrow."""
+    return sorted(path.name for path in _SHIPPED.glob("*.json"))
+
+
+def _deepspeed(draft: Draft, directory: Path | None) -> None:
+    """A path becomes the file's content, so that the recipe that is recorded says all."""
+    given = draft.data.get("deepspeed")
+    if not given:
+        draft.data.pop("deepspeed", None)
+        return
+    if not isinstance(given, str):
+        return
+    places = [Path(given).expanduser()]
+    if directory is not None:
+        places.insert(0, directory / given)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None and Path(given).name in shipped_deepspeed():
+        path = _SHIPPED / Path(given).name
+        why = f"{path.name} comes with Regrow"
+        draft.notices.append(Notice("note", ("deepspeed",), why))
+    if path is None:
+        names = ", ".join(shipped_deepspeed())
+        draft.fault(("deepspeed",), "there is no such file", f"Write it, or use one of {names}")
+        del draft.data["deepspeed"]
+        return
+    try:
+        draft.data["deepspeed"] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        draft.fault(("deepspeed",), f"{path} cannot be read as JSON: {error}", "Correct it")
+        del draft.data["deepspeed"]

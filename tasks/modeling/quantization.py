@@ -1,0 +1,86 @@
+"""A base model in 4 or 8 bits: what a recipe asks for, in the words of Transformers.
+
+Light: a plan is made with it, so torch and Transformers are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from regrow.tasks.stage import StageError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from regrow.configs.recipe import Recipe
+
+# QLoRA's base: normal floats, their scales quantized once more (Dettmers et al. 2023, arXiv
+# 2305.14314); Axolotl's defaults too.
+_NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """In how many bits bitsandbytes holds the linear layers of a frozen base."""
+
+    bits: int
+    """4 or 8."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of Transformers' `BitsAndBytesConfig`; dtypes by name."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Quantization | None:
+        """None for a base that is not quantized."""
+        if recipe.load_in_8bit:
+            return cls(8, dict(recipe.bnb_config_kwargs))
+        if not recipe.load_in_4bit:
+            return None
+        defaults = {**_NF4, "bnb_4bit_compute_dtype": recipe.dtype}
+        return cls(4, {**defaults, **recipe.bnb_config_kwargs})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> Quantization | None:
+        """The inverse of canonical JSON."""
+        return cls(**data) if data else None
+
+    def __str__(self) -> str:
+        if self.bits == 8:
+            return "int8"
+        double = self.settings.get("bnb_4bit_use_double_quant")
+        kind = self.settings.get("bnb_4bit_quant_type", "nf4")
+        return f"{kind}, {'double quantization' if double else 'simple quantization'}"
+
+    def config(self) -> BitsAndBytesConfig:
+        """As Transformers takes it.
+
+        Raises:
+            StageError: bitsandbytes is missing, or an argument is not what it takes.
+        """
+        from transformers import BitsAndBytesConfig
+
+        key = f"load_in_{self.bits}bit"
+        require_package("bitsandbytes", "bitsandbytes", key)
+        # It would say, for every layer and step, that int8 is computed from float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        try:
+            return BitsAndBytesConfig(**{key: True, **self.settings})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StageError(f"bnb_config_kwargs: {error}") from error
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a linear layer of this name is: all but the output head and those left out."""
+        left_out = self.settings.get("llm_int8_skip_modules") or ["lm_head"]
+        return not any(part in name.split(".") or name.endswith(part) for part in left_out)
+
+
+def require_package(install: str, module: str, key: str) -> None:
+    """Raises StageError, naming the recipe's `key`, when a package is not installed."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise StageError(
+            f"{key}: this needs the package {install}, which is not installed where training runs: "
+            f"pip install {install}"
+        )

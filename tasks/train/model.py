@@ -1,0 +1,116 @@
+"""The model that is trained: the base, what is put on it, and what of it is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+from regrow.tasks.modeling.adapter import add_adapter, embedding_names, load_adapter
+from regrow.tasks.modeling.first_values import (
+    changes_base,
+    initialise_from_data,
+    keep_first_values,
+)
+from regrow.tasks.modeling.freezing import train_only
+from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
+from regrow.tasks.modeling.rows import PackedRows, Row
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.job import WorkerJob
+from regrow.tasks.train.noise import EmbeddingNoise
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready for its first step."""
+
+    model: Any
+    """With an adapter (`PeftModel`) or without."""
+    use_cache: bool
+    """What the base's configuration says of the key-value cache; training turns it off."""
+    partly_trained: frozenset[str] = frozenset()
+    """Names of parameters of which some rows are frozen."""
+    first_values: Path | None = None
+    """The adapter before training, where it changed the base."""
+
+
+def build_model(job: WorkerJob) -> TrainedModel:
+    """The model that the job's spec describes: the same on every rank, and after each resume.
+
+    Raises:
+        StageError: for a base, an adapter or a vocabulary that do not fit together.
+    """
+    spec = job.spec
+    model = load_model(
+        job.base_model,
+        # What is trained is float32: in bfloat16 most small updates round to nothing.
+        dtype=spec.dtype if spec.adapter else "float32",
+        trust_remote_code=job.placement.trust_remote_code,
+        quantization=spec.quantization,
+    )
+    use_cache = bool(getattr(model.config, "use_cache", True))
+    new_tokens = grow_embeddings(model, len(load_tokenizer(job.prepared / "tokenizer")))
+    set_seed(spec.seed)
+    partly: frozenset[str] = frozenset()
+    first_values = None
+    trained: Any = model
+    if spec.adapter:
+        trained = _with_adapter(model, spec.adapter, job)
+        _check_new_tokens(trained, new_tokens)
+        if changes_base(spec.adapter.init):
+            first_values = job.work / f"first-values-{_rank()}"
+            keep_first_values(trained, first_values)
+    elif spec.unfrozen:
+        partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
+    if spec.neftune_noise_alpha:
+        EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
+    return TrainedModel(trained, use_cache, partly, first_values)
+
+
+def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob) -> PeftModel:
+    if spec.start is not None:
+        assert job.start_adapter is not None
+        return load_adapter(model, job.start_adapter, trainable=True)
+    settings = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    del settings["start"]
+    adapted = add_adapter(model, **settings)
+    if spec.init == "eva":
+        if torch.cuda.is_available():
+            adapted.to(torch.device("cuda", torch.cuda.current_device()))
+        initialise_from_data(adapted, _rows(job.prepared))
+    return adapted
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _rows(prepared: Path) -> Iterator[Row]:
+    """Training rows from the first on: the same on every rank."""
+    rows = PackedRows(prepared, "train")
+    return (rows[index] for index in range(len(rows)))
+
+
+def _check_new_tokens(model: PeftModel, new: int) -> None:
+    if not new:
+        return
+    logger.info("the vocabulary has %d new tokens; the embedding grew", new)
+    config: Any = model.peft_config["default"]
+    base: Any = model.get_base_model()
+    needed = embedding_names(base)
+    if not needed <= set(config.modules_to_save or ()) and not config.trainable_token_indices:
+        raise StageError(
+            f"the tokenizer has {new} tokens that the base model does not know, and an adapter "
+            f"alone cannot learn them: set lora_modules_to_save: [{', '.join(sorted(needed))}], or "
+            "name them in peft_trainable_token_indices"
+        )

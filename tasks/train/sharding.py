@@ -1,0 +1,55 @@
+"""How the model is laid over processes: placement in the recipe's words, made plain. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regrow.configs.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """One way of many GPUs; never changes the result beyond the rounding of sums."""
+
+    fsdp: Mapping[str, Any] | None = None
+    """Options of FSDP2 under Transformers' names; None: not FSDP."""
+    deepspeed: Mapping[str, Any] | None = None
+    """DeepSpeed's configuration; None: not DeepSpeed."""
+    dp_replicate_size: int = 1
+    """Copies of a model that FSDP shards within each of them."""
+    dp_shard_size: int | None = None
+    """Processes of each copy; None: what is left."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether no process holds the whole of what it trains."""
+        stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+        return self.fsdp is not None or stage == 3
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Sharding:
+        """What the recipe says of it."""
+        config = recipe.fsdp_config
+        fsdp = None
+        if config is not None:
+            fsdp = {
+                "version": 2,
+                "reshard_after_forward": config.reshard_after_forward,
+                "auto_wrap_policy": config.auto_wrap_policy,
+                "cpu_offload": config.offload_params,
+                "activation_checkpointing": config.activation_checkpointing,
+                "cpu_ram_efficient_loading": config.cpu_ram_efficient_loading,
+                "min_num_params": config.min_num_params,
+                "state_dict_type": "FULL_STATE_DICT",  # never made: see `regrow.tasks.train.saving`
+            }
+            if config.transformer_layer_cls_to_wrap:
+                fsdp["transformer_layer_cls_to_wrap"] = list(config.transformer_layer_cls_to_wrap)
+        return cls(fsdp, recipe.deepspeed, recipe.dp_replicate_size, recipe.dp_shard_size)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> Sharding:
+        """The inverse of canonical JSON."""
+        return cls(**(data or {}))

@@ -1,0 +1,244 @@
+"""What a training needs to go on: its tensors by name, its plain values, its random states.
+
+The names are those of the model's parameters, whatever wraps and shards it, so that a state saved
+by any number of processes under DDP or FSDP2 can be loaded by any other. Only what is trained is in
+it: the frozen rest is made again from the base model, the spec and the seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# Names that wrappers put between a model's own: torch.compile, activation checkpointing, DDP.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+
+WEIGHT, OPTIMIZER = "weight/", "optimizer/"
+
+
+@dataclass
+class State:
+    """Tensors (of the sharded ones, each rank's part) and values that `torch.save` can hold."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Stored(Protocol):
+    """A saved state, as `regrow.tasks.train.files` reads it."""
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name: (global shape, type)} of all tensors."""
+        ...
+
+    def load(self, targets: dict[str, Tensor]) -> None:
+        """Fill the tensors, of each rank its part; all ranks call it together."""
+        ...
+
+
+class Engine(Protocol):
+    """How tensors get into and out of what trains: torch itself, or DeepSpeed."""
+
+    def capture(self) -> State: ...
+    def restore(self, stored: Stored) -> None: ...
+    def is_sharded(self) -> bool: ...
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the bare model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+    return name
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name in the bare model: parameter} of what is trained."""
+    return {clean_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+class TorchEngine:
+    """Weights and optimizer of one process, of DDP, and of FSDP2."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def capture(self) -> State:
+        """The live tensors, not copies."""
+        parameters = trained_parameters(self._model)
+        tensors: dict[str, Tensor] = {WEIGHT + n: p.detach() for n, p in parameters.items()}
+        others: dict[str, dict[str, Any]] = {}
+        for name, parameter in parameters.items():
+            others[name] = {}
+            for field, value in self._optimizer.state.get(parameter, {}).items():
+                if _is_plain(value):
+                    _check_sharded_alike(value, parameter, self._optimizer)
+                    tensors[f"{OPTIMIZER}{name}/{field}"] = value
+                else:
+                    others[name][field] = value
+        return State(tensors, {"optimizer": others, "groups": self._groups(parameters)})
+
+    def is_sharded(self) -> bool:
+        """Whether this process holds only a part of what is trained."""
+        return any(isinstance(p, DTensor) for p in self._model.parameters())
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter in full, one after the other; all ranks go through it together."""
+        for name, parameter in trained_parameters(self._model).items():
+            weight = parameter.detach()
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    def _groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        names = {id(p): name for name, p in parameters.items()}
+        return [
+            {name: value for name, value in group.items() if name != "params"}
+            | {"names": [names[id(p)] for p in group["params"] if id(p) in names]}
+            for group in self._optimizer.param_groups
+        ]
+
+    def restore(self, stored: Stored) -> None:
+        """Put a saved state back. The optimizer must hold the same parameters in the same groups.
+
+        Raises:
+            KeyError: when the state is of another model or optimizer.
+        """
+        parameters = trained_parameters(self._model)
+        targets: dict[str, Tensor] = {WEIGHT + n: p.detach() for n, p in parameters.items()}
+        others = _others(stored)
+        fields: dict[str, dict[str, Any]] = {n: dict(others.get(n, {})) for n in parameters}
+        for key, (shape, dtype) in stored.shapes().items():
+            if key.startswith(OPTIMIZER):
+                name, _, field = key.removeprefix(OPTIMIZER).rpartition("/")
+                targets[key] = fields[name][field] = _like(parameters[name], shape, dtype)
+        stored.load(targets)
+        self._load_optimizer(parameters, fields, stored.values["groups"])
+
+    def _load_optimizer(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        fields: Mapping[str, dict[str, Any]],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        """Through the optimizer's own `load_state_dict`, which numbers parameters by position."""
+        names = {id(p): name for name, p in parameters.items()}
+        state, placed, number = {}, [], 0
+        for live, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            numbers = []
+            for parameter in live["params"]:
+                name = names.get(id(parameter))
+                if name is not None and fields.get(name):
+                    state[number] = fields[name]
+                numbers.append(number)
+                number += 1
+            kept = {name: value for name, value in saved.items() if name != "names"}
+            placed.append(kept | {"params": numbers})
+        self._optimizer.load_state_dict({"state": state, "param_groups": placed})
+
+
+def _others(stored: Stored) -> Mapping[str, Mapping[str, Any]]:
+    return cast(Mapping[str, Mapping[str, Any]], stored.values["optimizer"])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether safetensors can hold it; tensor subclasses of quantized optimizers it cannot."""
+    return type(value) in (Tensor, nn.Parameter, DTensor)
+
+
+def _check_sharded_alike(value: Tensor, parameter: Tensor, optimizer: Any) -> None:
+    """A part of a state can be found again only if it is sharded as its parameter is."""
+    alike = isinstance(value, DTensor) and value.shape == parameter.shape
+    assert not isinstance(parameter, DTensor) or alike or value.dim() == 0, (
+        f"{type(optimizer).__name__} keeps a state of shape {tuple(value.shape)} for a sharded "
+        f"parameter of shape {tuple(parameter.shape)}"
+    )
+
+
+def _like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor for a state: sharded as the parameter, where it has the same shape."""
+    if tuple(parameter.shape) == shape:
+        return torch.empty_like(parameter, dtype=dtype)
+    device = parameter.device if shape else torch.device("cpu")  # torch keeps step counts on CPU
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+# ---- random states ----
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The global random states of this process and its device."""
+    numpy = cast(dict[str, Any], np.random.get_state(legacy=False))
+    numpy["state"] = {**numpy["state"], "key": numpy["state"]["key"].tolist()}
+    states = {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `random_states` gave."""
+    numpy = dict(states["numpy"])
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    numpy["state"] = {**numpy["state"], "key": key}
+    random.setstate(states["python"])
+    np.random.set_state(numpy)
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# ---- copies ----
+
+
+class Staging:
+    """Copies a state into the host's memory, into the same buffers each time.
+
+    On a GPU the buffers are pinned, which lets the copy run at the bus's full rate.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, state: State) -> State:
+        """The copy; the next call overwrites it."""
+        kept = self._buffers
+        self._buffers = {}
+        for name, tensor in state.tensors.items():
+            buffer = kept.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            _local(buffer).copy_(_local(tensor), non_blocking=True)
+            self._buffers[name] = buffer
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return State(dict(self._buffers), _copied(state.values))
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; of tensors that wrap others (torchao's quantized states), which cannot be
+    cloned as a whole, copies of what they wrap."""
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, Tensor) and not _is_plain(value):
+        names, context = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        inner = {name: getattr(value, name).clone() for name in names}
+        rebuild: Any = type(value)
+        return rebuild.__tensor_unflatten__(inner, context, value.shape, value.stride())
+    return copy.deepcopy(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,110 @@
+"""What every trainer shares of optimizing: the recipe's optimizer, schedule and loss.
+
+Mixed in before `StepLoop`. It overrides public methods of `Trainer` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from regrow.tasks.train.learning_rate import make_scheduler
+from regrow.tasks.train.losses import loss_function
+from regrow.tasks.train.optimizers import (
+    build_divided,
+    divides_parameters,
+    own_optimizer,
+    projectors_onto_device,
+)
+from regrow.tasks.train.spec import TrainSpec
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class Optimization(_Base):
+    """Trainer behaviour that follows from the part of the spec about optimizing."""
+
+    def __init__(
+        self, *, spec: TrainSpec, partly_trained: frozenset[str] = frozenset(), **kwargs: Any
+    ) -> None:
+        """`partly_trained`: names of parameters of which some rows are frozen."""
+        super().__init__(
+            optimizer_cls_and_kwargs=own_optimizer(spec),
+            compute_loss_func=loss_function(spec.label_smoothing, spec.z_loss),
+            **kwargs,
+        )
+        self._spec, self._partly_trained = spec, partly_trained
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weight decay would draw the frozen rows of a parameter to zero."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name not in self._partly_trained]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, unless parameters have rates of their own."""
+        if self.optimizer is None and divides_parameters(self._spec):
+            model: Any = args[0] if args and args[0] is not None else self.model
+            decayed = set(self.get_decay_parameter_names(model))
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            self.optimizer = build_divided(model, self._spec, decayed, *chosen)
+        return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The course that the spec says; the Trainer takes it as it is."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            chosen: Any = optimizer or self.optimizer
+            self.lr_scheduler = make_scheduler(chosen, self._spec, warmup, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """With the weights that would be the result now."""
+        with averaged_weights(self.optimizer):
+            return super().evaluate(*args, **kwargs)
+
+    def restore(self, saved: Any) -> None:
+        """As `StepLoop` does; low-rank optimizers need one thing more."""
+        super().restore(saved)  # pyright: ignore[reportAttributeAccessIssue]
+        projectors_onto_device(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def use_final_weights(self) -> None:
+        """After the last step: put the weights that are the result into the model, for good."""
+        optimizer = _averaging(self.optimizer)
+        if optimizer is not None:
+            optimizer.eval()
+
+
+@contextlib.contextmanager
+def averaged_weights(optimizer: Any) -> Iterator[None]:
+    """Inside, the averages of a schedule-free optimizer are the model's weights.
+
+    It can go back by itself, but only up to rounding: what was there is put back to the bit.
+    """
+    averaging = _averaging(optimizer)
+    if averaging is None:
+        yield
+        return
+    parameters = [p for group in averaging.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    averaging.eval()
+    try:
+        yield
+    finally:
+        averaging.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
+def _averaging(optimizer: Any) -> Any:
+    """The optimizer itself, without Accelerate's cover, if it is schedule-free; else None."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if callable(getattr(inner, "eval", None)) else None

@@ -1,0 +1,181 @@
+"""Weights and optimizer under DeepSpeed ZeRO, by name. The only importer of DeepSpeed.
+
+A state saved from here is the same as one saved under DDP or FSDP2, so each can go on from the
+others'. Every parameter is brought together once and kept by one rank, so that no rank's memory
+holds more than its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from deepspeed import zero
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from regrow.tasks.train.state import OPTIMIZER, WEIGHT, State, Stored, trained_parameters
+
+# Tensors read together on resume: enough to use a disk well, few enough for a small memory.
+_READ_TOGETHER = 32
+
+
+class ZeroEngine:
+    """ZeRO-1, 2 and 3: the float32 weights that the optimizer holds, and its states."""
+
+    def __init__(self, engine: Any, model: nn.Module) -> None:
+        """`engine`: DeepSpeed's, around `model`."""
+        self._zero = engine.optimizer
+        self._inner: torch.optim.Optimizer = self._zero.optimizer
+        self._stage: int = engine.zero_optimization_stage()
+        self._parameters = trained_parameters(model)
+        self._rank = torch.distributed.get_rank()
+        self._world_size = torch.distributed.get_world_size()
+
+    def is_sharded(self) -> bool:
+        """Whether the module's own weights are not what was trained: divided, or in bfloat16."""
+        return True
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter in full and float32; all ranks go through it together."""
+        for name, parameter in self._parameters.items():
+            weight = safe_get_full_fp32_param(parameter)
+            assert weight is not None, name
+            yield name, weight
+
+    def capture(self) -> State:
+        """Copies in the host's memory; each parameter's on one rank."""
+        self._link()
+        fields, scalars = self._fields()
+        tensors: dict[str, Tensor] = {}
+        for number, (name, weight) in enumerate(self.whole_weights()):
+            found = {WEIGHT + name: weight}
+            for field in fields:
+                value = safe_get_full_optimizer_state(self._parameters[name], field)
+                assert value is not None, field
+                found[f"{OPTIMIZER}{name}/{field}"] = value
+            found |= {f"{OPTIMIZER}{name}/{field}": value for field, value in scalars.items()}
+            if number % self._world_size == self._rank:
+                tensors |= {key: value.detach().cpu().clone() for key, value in found.items()}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"names": []}
+            for group in self._inner.param_groups
+        ]
+        return State(tensors, {"optimizer": {}, "groups": groups})
+
+    def _fields(self) -> tuple[list[str], dict[str, Tensor]]:
+        """Names of the states as large as a parameter, and the step counts, which all share."""
+        state: Mapping[str, Any] = next((s for s in self._inner.state.values() if s), {})
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        return (
+            [key for key, value in tensors.items() if value.dim()],
+            {key: value for key, value in tensors.items() if not value.dim()},
+        )
+
+    def restore(self, stored: Stored) -> None:
+        """Put back a state saved by any engine."""
+        shapes = stored.shapes()
+        self._make_states()
+        for group, saved in zip(self._inner.param_groups, stored.values["groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "names"})
+        names = list(self._parameters)
+        for start in range(0, len(names), _READ_TOGETHER):
+            some = set(names[start : start + _READ_TOGETHER])
+            targets = {
+                k: torch.empty(s, dtype=t) for k, (s, t) in shapes.items() if _owner(k) in some
+            }
+            stored.load(dict(targets))
+            for key, value in targets.items():
+                self._put(key, value)
+
+    def _make_states(self) -> None:
+        """Give the inner optimizer its empty states, as its first step does."""
+        rates = [
+            (group["lr"], group.get("weight_decay", 0.0)) for group in self._inner.param_groups
+        ]
+        for flat in self._flat_parameters():
+            flat.grad = torch.zeros_like(flat)
+        for group in self._inner.param_groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+        if self._stage < 3:
+            self._inner.step()
+            self._link()
+        else:
+            self._step_each()
+        for group, (rate, decay) in zip(self._inner.param_groups, rates, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+        for flat in self._flat_parameters():
+            flat.grad = None
+
+    def _link(self) -> None:
+        """Tell each parameter where its states are. DeepSpeed does so after the first step, but for
+        the first of several groups of parameters only (0.19.8)."""
+        if self._stage < 3:
+            groups = zip(self._zero.bit16_groups, self._flat_parameters(), strict=True)
+            for group, flat in groups:
+                lazy_init_hp_params_optimizer_state(group, flat, self._inner.state)
+
+    def _step_each(self) -> None:
+        """ZeRO-3 hands its parts to the optimizer one at a time."""
+        group = self._inner.param_groups[0]
+        kept = [g["params"] for g in self._inner.param_groups]
+        for other in self._inner.param_groups:
+            other["params"] = []
+        for flat in self._flat_parameters():
+            group["params"] = [flat]
+            self._inner.step()
+        for other, parameters in zip(self._inner.param_groups, kept, strict=True):
+            other["params"] = parameters
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """What the inner optimizer steps: this rank's part of all parameters."""
+        if self._stage < 3:
+            return list(self._zero.single_partition_of_fp32_groups)
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def _put(self, key: str, value: Tensor) -> None:
+        name, field = _owner(key), key.rpartition("/")[2]
+        parameter = self._parameters[name]
+        if key.startswith(WEIGHT):
+            self._put_weight(parameter, value)
+        elif value.dim() == 0:
+            for state in self._inner.state.values():
+                if field in state:
+                    state[field].copy_(value)
+        elif self._stage < 3:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), field)
+        else:
+            safe_set_local_optimizer_state(parameter, self._part(parameter, value), field)
+
+    def _put_weight(self, parameter: Any, value: Tensor) -> None:
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            return
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            if self._rank == 0:
+                parameter.data.copy_(value)
+        safe_set_local_fp32_param(parameter, self._part(parameter, value))
+
+    def _part(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's part of a tensor, with zeros behind the last rank's."""
+        size = parameter.ds_tensor.ds_numel
+        flat = torch.zeros(size * self._world_size, dtype=value.dtype)
+        flat[: value.numel()] = value.flatten()
+        return flat.narrow(0, size * self._rank, size).to(parameter.device)
+
+
+def _owner(key: str) -> str:
+    """The parameter that a tensor belongs to."""
+    if key.startswith(WEIGHT):
+        return key.removeprefix(WEIGHT)
+    return key.removeprefix(OPTIMIZER).rpartition("/")[0]

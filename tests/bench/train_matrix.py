@@ -1,0 +1,394 @@
+"""Every optimizer, schedule, adapter and first values of the vocabulary: trained, resumed, merged.
+
+    python tests/bench/train_matrix.py [--only NAME ...] [--device cuda] > matrix.md
+
+Each case takes ten steps on a tiny model; then five, a stop, and five more from the checkpoint; the
+two results must be equal to the byte (on a GPU: up to rounding). Adapters are merged. Prints a
+Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from regrow.configs.optimizers import (
+    PACKAGES,
+    BitsandbytesOptimizer,
+    PackagedOptimizer,
+    TorchaoOptimizer,
+    TorchOptimizer,
+)
+from regrow.configs.sections.training import Scheduler
+from regrow.tasks.merge import run as merge
+from regrow.tasks.merge.spec import MergePlacement, MergeSpec
+from regrow.tasks.modeling.quantization import Quantization
+from regrow.tasks.stage import Stage, StageJob
+from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.job import CheckpointPlace, WorkerJob
+from regrow.tasks.train.schedule import Cadence
+from regrow.tasks.train.spec import LearningRateGroup, Restarts, TrainPlacement, TrainSpec
+from regrow.tasks.train.worker import train
+
+VOCABULARY, STEPS, HALF = 97, 10, 5
+NF4 = Quantization(
+    4,
+    {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+)
+LORA = AdapterSpec(r=4, alpha=8, target_linear=True)
+WHOLE = {"adapter": None, "learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    kind: str
+    name: str
+    spec: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    """Module to import."""
+    cuda: bool = False
+    """Runs on CUDA only."""
+
+
+def cases() -> Iterator[Case]:
+    """All of them, by kind."""
+    yield from _adapters()
+    yield from _optimizers()
+    yield from _schedules()
+    yield from _others()
+
+
+def _adapters() -> Iterator[Case]:
+    def lora(**changes: Any) -> dict[str, Any]:
+        return {"adapter": dataclasses.replace(LORA, **changes)}
+
+    dropout = lora(dropout=0.2)
+    yield Case("adapter", "full", WHOLE)
+    yield Case("adapter", "unfrozen_parameters", WHOLE | {"unfrozen": (r".*layers\.1\.",)})
+    rows = ("model.embed_tokens.weight[0:40]", r".*norm")
+    yield Case("adapter", "unfrozen_parameters, rows", WHOLE | {"unfrozen": rows})
+    yield Case("adapter", "lora", dropout)
+    yield Case("adapter", "qlora (nf4, double)", dropout | {"quantization": NF4}, "bitsandbytes")
+    fp4 = Quantization(4, {"bnb_4bit_quant_type": "fp4"})
+    yield Case("adapter", "qlora (fp4)", dropout | {"quantization": fp4}, "bitsandbytes")
+    yield Case("adapter", "lora, int8", dropout | {"quantization": Quantization(8)}, "bitsandbytes")
+    yield Case("adapter", "dora", lora(dora=True, dropout=0.2))
+    yield Case("adapter", "qlora + dora", lora(dora=True) | {"quantization": NF4}, "bitsandbytes")
+    yield Case("adapter", "rslora", lora(rslora=True))
+    yield Case("adapter", "rank and alpha patterns", _patterns())
+    yield Case("adapter", "layers_to_transform", lora(layers=(1,)))
+    yield Case("adapter", "exclude_modules", lora(exclude_modules=("q_proj",)))
+    yield Case("adapter", "modules_to_save", lora(modules_to_save=("embed_tokens",)))
+    yield Case("adapter", "trainable_token_indices", lora(trainable_tokens=(3, 5)))
+    plus = {"loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-6, "learning_rate": 1e-3}
+    yield Case("adapter", "lora+", plus)
+    for init in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva"):
+        yield Case("first values", str(init).lower(), lora(init=init))
+    yield Case(
+        "first values", "eva on nf4", lora(init="eva") | {"quantization": NF4}, "bitsandbytes"
+    )
+    yield Case("first values", "loftq", lora(init="loftq", alpha=4), "bitsandbytes", cuda=True)
+
+
+def _patterns() -> dict[str, Any]:
+    changed = dataclasses.replace(LORA, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3.0})
+    return {"adapter": changed}
+
+
+def _optimizers() -> Iterator[Case]:
+    low_rank = ("galore", "apollo")
+    groups = (TorchOptimizer, BitsandbytesOptimizer, TorchaoOptimizer, PackagedOptimizer)
+    for name in (name for group in groups for name in get_args(group)):
+        spec: dict[str, Any] = {"optimizer": name, "learning_rate": 1e-3}
+        if name.startswith(low_rank):
+            arguments = {"rank": 8, "update_proj_gap": 4}
+            spec |= WHOLE | {"optimizer_targets": ("attn", "mlp"), "optimizer_args": arguments}
+        if name.startswith("schedule_free"):
+            spec |= {"lr_scheduler": "constant"}
+        if any(bits in name for bits in ("8bit", "4bit", "fp8")):
+            spec |= WHOLE  # states of small matrices, such as an adapter's here, stay in 32 bits
+        needs = PACKAGES[name][1] if name in PACKAGES else None
+        cuda = name.startswith("paged_ademamix") or name == "galore_adamw_8bit"
+        yield Case("optimizer", name, spec, needs, cuda)
+    yield Case("optimizer", "muon, full", WHOLE | {"optimizer": "muon"})
+    group = LearningRateGroup(("q_proj",), 1e-3)
+    yield Case("optimizer", "lr_groups", {"lr_groups": (group,)})
+    yield Case("optimizer", "embedding_lr", WHOLE | {"embedding_lr": 1e-4})
+
+
+_KWARGS: dict[str, dict[str, Any]] = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+    "reduce_lr_on_plateau": {"patience": 0, "factor": 0.5},
+}
+
+
+def _schedules() -> Iterator[Case]:
+    for name in get_args(Scheduler):
+        spec: dict[str, Any] = {"lr_scheduler": name, "lr_scheduler_kwargs": _KWARGS.get(name, {})}
+        if name == "reduce_lr_on_plateau":
+            spec |= {"validation": Cadence(steps=2), "warmup_steps": 0}
+        yield Case("schedule", name, spec)
+    until = {"min_lr_rate": 0.1, "until": 0.7, "quadratic": True}
+    spec = {"lr_scheduler": "cosine_until", "lr_scheduler_kwargs": until}
+    yield Case("schedule", "cosine, quadratic warm-up, constant end", spec)
+    yield Case("schedule", "jagged restarts", {"restarts": Restarts(4, 1, 1)})
+
+
+def _others() -> Iterator[Case]:
+    yield Case("loss", "neftune", {"neftune_noise_alpha": 5.0})
+    yield Case("loss", "label smoothing", {"label_smoothing": 0.1})
+    yield Case("loss", "z-loss", {"z_loss": 1e-3})
+    best = {"keep_best": True, "early_stopping_patience": 2, "validation": Cadence(steps=1)}
+    yield Case("stopping", "early stopping, best model", best | {"learning_rate": 3e-2})
+
+
+# ---- what they run on ----
+
+
+def write_model(out: Path) -> Path:
+    """A random Llama, 2 layers of 64."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def write_prepared(out: Path) -> Path:
+    """24 rows to train on, 4 to validate, with a tokenizer of 97 words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    random = np.random.default_rng(7)
+    lists = {"input_ids": pa.int32(), "loss_mask": pa.uint8(), "seq_lens": pa.int32()}
+    schema = pa.schema([(name, pa.list_(kind)) for name, kind in lists.items()])
+    splits = {}
+    for split, count in (("train", 24), ("validation", 4)):
+        rows = []
+        for _ in range(count):
+            lengths = random.integers(4, 21, 3)
+            mask = (random.random(lengths.sum()) < 0.6).astype(int)
+            mask[np.concatenate([[0], lengths.cumsum()[:-1]])] = 0
+            ids = random.integers(3, VOCABULARY, lengths.sum())
+            rows.append({"input_ids": ids, "loss_mask": mask, "seq_lens": lengths})
+        (out / split).mkdir(parents=True)
+        name = f"{split}/shard-00000.arrow"
+        with pa.ipc.new_file(str(out / name), schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        splits[split] = {
+            "shards": [{"file": name, "rows": count}],
+            "rows": count,
+            "examples": 3 * count,
+            "tokens": int(sum(len(row["input_ids"]) for row in rows)),
+            "supervised_tokens": int(sum(row["loss_mask"].sum() for row in rows)),
+        }
+    (out / "index.json").write_text(json.dumps({"splits": splits}))
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
+        unk_token="w0",
+        pad_token="w1",
+        eos_token="w2",
+    )
+    tokenizer.save_pretrained(out / "tokenizer")
+    return out
+
+
+class Stopped(BaseException):
+    """Not an Exception: nothing on the way may handle it."""
+
+
+class StopAfter(TrainerCallback):
+    """Ends the process's work right after a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise Stopped
+
+
+class Silent:
+    def progress(self, *args: Any) -> None: ...
+    def log(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case."""
+
+    status: str
+    first_loss: float = float("nan")
+    last_loss: float = float("nan")
+    resumed: str = ""
+    merged: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether it works, or cannot for a reason that is no fault."""
+        return not self.status.startswith("FAULT")
+
+
+class Bench:
+    """Runs cases in a directory of their own."""
+
+    def __init__(self, root: Path, device: str = "cpu") -> None:
+        self._root, self._device = root, device
+        self._model = write_model(root / "model")
+        self._prepared = write_prepared(root / "prepared")
+
+    def run(self, case: Case) -> Outcome:
+        """Train, stop and resume, merge."""
+        if case.needs and importlib.util.find_spec(case.needs.partition(".")[0]) is None:
+            return Outcome(f"needs {case.needs}")
+        if case.cuda and self._device != "cuda":
+            return Outcome("needs CUDA")
+        here = self._root / "case"
+        shutil.rmtree(here, ignore_errors=True)
+        try:
+            return self._run(case, here)
+        except Exception as error:  # noqa: BLE001 (a fault is a row of the table)
+            return Outcome(f"FAULT {type(error).__name__}: {error}"[:300])
+
+    def _run(self, case: Case, here: Path) -> Outcome:
+        straight = self._job(case, here / "straight", None)
+        result = train(straight)
+        store = (here / "store").as_uri()
+        with contextlib.suppress(Stopped):
+            train(self._job(case, here / "stopped", store), [StopAfter(HALF + 1)])
+        resumed = self._job(case, here / "resumed", store)
+        train(resumed)
+        losses = [r["loss"] for r in result["history"] if "loss" in r]
+        return Outcome(
+            "works",
+            losses[0],
+            losses[-1],
+            self._difference(straight.out, resumed.out),
+            self._merge(case, straight, here / "merged") if straight.spec.adapter else "",
+        )
+
+    def _job(self, case: Case, here: Path, store: str | None) -> WorkerJob:
+        base: dict[str, Any] = {
+            "base_model_digest": "0" * 64,
+            "dtype": "bfloat16" if case.spec.get("quantization") else "float32",
+            "global_batch_size": 4,
+            "num_epochs": 1,
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "adapter": LORA,
+            "optimizer": "adamw_torch",
+            "warmup_steps": 2,
+            "weight_decay": 0.01,
+            "seed": 3,
+        }
+        return WorkerJob(
+            spec=TrainSpec(**base | case.spec),
+            placement=TrainPlacement(
+                base_model=str(self._model),
+                micro_batch_size=2,
+                evaluation=Cadence(),
+                saving=Cadence(steps=HALF),
+                device=self._device,
+            ),
+            prepared=self._prepared,
+            base_model=self._model,
+            out=here / "out",
+            work=here / "work",
+            checkpoints=CheckpointPlace(store, "checkpoints/a") if store else None,
+        )
+
+    def _difference(self, one: Path, other: Path) -> str:
+        (ours,), (theirs,) = (list(path.glob("*.safetensors")) for path in (one, other))
+        if ours.read_bytes() == theirs.read_bytes():
+            return "same bytes"
+        a, b = load_file(ours), load_file(theirs)
+        largest = max((a[n].float() - b[n].float()).abs().max().item() for n in a)
+        return f"differs by {largest:.1e}"
+
+    def _merge(self, case: Case, job: WorkerJob, out: Path) -> str:
+        out.mkdir(parents=True)
+        spec = MergeSpec("0" * 64, "float32", job.spec.quantization)
+        runner, placement = "regrow.tasks.merge.run:run", MergePlacement(str(self._model))
+        stage = Stage("merge", 1, spec, runner, placement=placement)
+        inputs = {"prepare": self._prepared, "train": job.out}
+        unused: Any = None
+        result = merge.run(StageJob(stage, inputs, {}, out, out, Silent(), unused))
+        return f"{result['merge_error'] / result['adapter_effect']:.0e} of its effect"
+
+
+def table(outcomes: list[tuple[Case, Outcome]], device: str) -> str:
+    """The matrix as Markdown."""
+    head = "| kind | name | on | status | loss, step 1 -> 10 | resumed | merge error |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for case, outcome in outcomes:
+        losses = (
+            ""
+            if outcome.first_loss != outcome.first_loss
+            else (f"{outcome.first_loss:.3f} -> {outcome.last_loss:.3f}")
+        )
+        on = device if outcome.status == "works" else ""
+        cells = (case.kind, case.name, on, outcome.status, losses, outcome.resumed, outcome.merged)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Prints the table; 1 when a case that should work does not."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names or kinds")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    outcomes = []
+    with tempfile.TemporaryDirectory() as root:
+        bench = Bench(Path(root), args.device)
+        for case in cases():
+            if args.only and not any(o in f"{case.kind}: {case.name}" for o in args.only):
+                continue
+            outcome = bench.run(case)
+            outcomes.append((case, outcome))
+            sys.stderr.write(f"{case.kind}: {case.name}: {outcome}\n")
+    sys.stdout.write(table(outcomes, args.device) + "\n")
+    return 0 if all(outcome.good for _, outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

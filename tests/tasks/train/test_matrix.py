@@ -1,0 +1,90 @@
+"""Every optimizer, schedule, adapter and first values takes ten steps, resumes and merges."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_PATH = Path(__file__).parents[2] / "bench" / "train_matrix.py"
+_spec = importlib.util.spec_from_file_location("train_matrix", _PATH)
+train_matrix = importlib.util.module_from_spec(_spec)
+sys.modules["train_matrix"] = train_matrix  # dataclasses look themselves up there
+_spec.loader.exec_module(train_matrix)
+
+CASES = {f"{case.kind}: {case.name}": case for case in train_matrix.cases()}
+# One of each way in which state is kept, weights are held or first values found.
+QUICK = (
+    "adapter: full",
+    "adapter: unfrozen_parameters, rows",
+    "adapter: qlora (nf4, double)",
+    "adapter: modules_to_save",
+    "first values: pissa",
+    "first values: eva",
+    "optimizer: adafactor",
+    "optimizer: muon",
+    "optimizer: adamw_bnb_8bit",
+    "schedule: rex",
+    "schedule: one_cycle",
+    "schedule: reduce_lr_on_plateau",
+    "schedule: jagged restarts",
+    "stopping: early stopping, best model",
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return train_matrix.Bench(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.fixture(scope="module")
+def gpu_bench(tmp_path_factory):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return train_matrix.Bench(tmp_path_factory.mktemp("matrix"), "cuda")
+
+
+def check(outcome):
+    if outcome.status.startswith("needs"):
+        pytest.skip(outcome.status)
+    assert outcome.status == "works"
+    assert outcome.resumed == "same bytes"
+    error = outcome.merged.partition(" ")[0]
+    assert not error or float(error) < 1e-3
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_it_trains_resumes_to_the_byte_and_merges(bench, name):
+    check(bench.run(CASES[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES.keys() - set(QUICK)))
+def test_all_others_do_so_too(bench, name):
+    check(bench.run(CASES[name]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.needs])
+def test_what_needs_a_package_works_on_a_gpu(gpu_bench, name):
+    outcome = gpu_bench.run(CASES[name])
+    if outcome.status.startswith("needs"):
+        pytest.skip(outcome.status)
+    assert outcome.status == "works"
+    assert outcome.last_loss < 5
+
+
+def test_every_word_of_the_vocabulary_is_in_the_matrix():
+    from regrow.configs.sections.training import TrainingSection
+
+    def words(key):
+        schema = TrainingSection.model_json_schema()["properties"][key]
+        options = schema.get("anyOf", [schema])
+        return {word for option in options for word in option.get("enum", [])}
+
+    names = {case.name for case in CASES.values()}
+    assert words("optimizer") <= names
+    assert words("lr_scheduler") <= names

@@ -1,0 +1,176 @@
+"""Each optimizer gets its arguments, each parameter its rate, and a missing package is named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from regrow.configs.optimizers import PACKAGES
+from regrow.tasks.modeling import quantization
+from regrow.tasks.stage import StageError
+from regrow.tasks.train import optimizers
+from regrow.tasks.train.optimizers import MuonAdamW, build_divided, transformers_arguments
+from regrow.tasks.train.spec import LearningRateGroup, TrainSpec
+from regrow.tasks.train.worker import train
+
+
+def spec(**changes):
+    return TrainSpec("0" * 64, "float32", 4, 1, 1e-3, **{"weight_decay": 0.1} | changes)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(8, 4)
+        self.layer = nn.Linear(4, 6)
+        self.lm_head = nn.Linear(6, 8, bias=False)
+
+    def forward(self, ids):
+        return self.lm_head(self.layer(self.embed_tokens(ids)).tanh())
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+DECAYED = {"embed_tokens.weight", "layer.weight", "lm_head.weight"}
+
+
+def rates(model, optimizer):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def test_groups_and_embeddings_learn_at_their_own_rates():
+    model = Model()
+    groups = (LearningRateGroup(("layer.w",), 1e-2),)
+    chosen = spec(lr_groups=groups, embedding_lr=1e-5)
+    found = rates(model, build_divided(model, chosen, DECAYED, torch.optim.AdamW, {"lr": 1e-3}))
+    assert found == {
+        "embed_tokens.weight": (1e-5, 0.1),
+        "lm_head.weight": (1e-5, 0.1),
+        "layer.weight": (1e-2, 0.1),
+        "layer.bias": (1e-3, 0.0),
+    }
+
+
+def test_a_group_that_names_nothing_is_a_fault():
+    chosen = spec(lr_groups=(LearningRateGroup(("q_proj",), 1e-2),))
+    with pytest.raises(StageError, match="lr_groups: no trained parameter's name holds any of q_p"):
+        build_divided(Model(), chosen, DECAYED, torch.optim.AdamW, {"lr": 1e-3})
+
+
+def step(model, optimizer, seed):
+    torch.manual_seed(seed)
+    loss = model(torch.randint(0, 8, (5,))).logsumexp(-1).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
+    model = Model()
+    optimizer = build_divided(model, spec(optimizer="muon"), DECAYED, torch.optim.AdamW, {})
+    assert isinstance(optimizer, MuonAdamW)
+    before = copy.deepcopy(model.state_dict())
+    step(model, optimizer, 1)
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    kinds = {n: set(optimizer.state[p]) for n, p in model.named_parameters()}
+    assert kinds["layer.weight"] == {"momentum_buffer"}
+    assert all("exp_avg" in kinds[name] for name in kinds if name != "layer.weight")
+
+
+def test_muons_state_survives_saving_and_its_rate_is_the_schedules():
+    straight, stopped = Model(), Model()
+    one, two = (
+        build_divided(m, spec(optimizer="muon"), DECAYED, torch.optim.AdamW, {})
+        for m in (straight, stopped)
+    )
+    for seed in range(6):
+        step(straight, one, seed)
+    for seed in range(3):
+        step(stopped, two, seed)
+    saved = copy.deepcopy((stopped.state_dict(), two.state_dict()))
+    resumed = Model()
+    resumed.load_state_dict(saved[0])
+    three = build_divided(resumed, spec(optimizer="muon"), DECAYED, torch.optim.AdamW, {})
+    three.load_state_dict(saved[1])
+    for seed in range(3, 6):
+        step(resumed, three, seed)
+    assert all(torch.equal(straight.state_dict()[n], p) for n, p in resumed.state_dict().items())
+    for group in three.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    before = copy.deepcopy(resumed.state_dict())
+    step(resumed, three, 7)
+    assert all(torch.equal(before[n], p) for n, p in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adamw_torch_4bit", "galore_adamw"])
+def test_a_missing_package_is_named_before_a_model_is_loaded(make_job, monkeypatch, name):
+    install, module = PACKAGES[name]
+    found = quantization.importlib.util.find_spec
+    monkeypatch.setattr(
+        quantization.importlib.util,
+        "find_spec",
+        lambda wanted: None if wanted == module.partition(".")[0] else found(wanted),
+    )
+    job = make_job("a", {"optimizer": name, "adapter": None})
+    with pytest.raises(StageError, match=f"optimizer: {name}: .* pip install {install}"):
+        train(job)
+
+
+def test_arguments_reach_transformers_and_our_own():
+    given = {"rank": 64, "scale": "0.25"}
+    galore = spec(optimizer="galore_adamw", optimizer_args=given, optimizer_targets=("attn",))
+    assert transformers_arguments(galore) == {
+        "optim": "galore_adamw",
+        "optim_args": "rank=64,scale=0.25",
+        "optim_target_modules": ["attn"],
+    }
+    assert transformers_arguments(spec(adam_beta3=0.99))["optim_args"] == "beta3=0.99"
+    assert transformers_arguments(spec(optimizer="ao_adamw_4bit"))["optim"] == "adamw_torch_4bit"
+    assert optimizers.own_optimizer(spec(optimizer="adamw_torch")) is None
+
+
+def test_frozen_rows_do_not_move(make_job):
+    """Nor does weight decay draw them to zero."""
+    rows = ("model.embed_tokens.weight[10:40]", r".*norm")
+    unfrozen = {"unfrozen": rows, "adapter": None, "weight_decay": 0.5, "learning_rate": 1e-2}
+    job = make_job("a", unfrozen)
+    train(job)
+    after = load_file(job.out / "model.safetensors")
+    before = load_file(job.base_model / "model.safetensors")
+    ends = "model.embed_tokens.weight"
+    assert torch.equal(after[ends][:10], before[ends][:10])
+    assert torch.equal(after[ends][40:], before[ends][40:])
+    assert not torch.equal(after[ends][10:40], before[ends][10:40])
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert moved == {ends, *(name for name in before if "norm" in name)}
+
+
+def test_averages_of_a_schedule_free_optimizer_leave_no_trace():
+    pytest.importorskip("schedulefree")
+    from schedulefree import AdamWScheduleFree
+
+    from regrow.tasks.train.trainers.optimization import averaged_weights
+
+    model = Model()
+    optimizer = AdamWScheduleFree(model.parameters(), lr=1e-2)
+    optimizer.train()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    before = copy.deepcopy(model.state_dict())
+    with averaged_weights(optimizer):
+        assert not torch.equal(before["layer.weight"], model.layer.weight)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
