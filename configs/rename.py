@@ -9,7 +9,8 @@ from regrow.configs.faults import Notice, Path, dotted
 from regrow.configs.sections.dataset_types import (
     DATASET_TYPES,
     SUPERVISED_TYPES,
-    unread_columns,
+    unread_beside_method,
+    unread_keys,
 )
 from regrow.configs.sections.model import PACKED_ATTENTION
 from regrow.configs.vocabulary import (
@@ -237,7 +238,7 @@ def _plugins(draft: Draft) -> None:
 
 def _dataset(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
     _type(draft, path, entry)
-    _columns(draft, entry)
+    _unread(draft, entry)
     for key in [key for key in entry if key in DATASET_WORDS]:
         _apply(draft, (*path, key), DATASET_WORDS[key])
     _thinking(draft, path, entry)
@@ -261,14 +262,24 @@ def _type(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
         _sharegpt(draft, path, entry)
 
 
-def _columns(draft: Draft, entry: dict[str, Any]) -> None:
-    """Keys that name columns which the type does not have."""
+def _unread(draft: Draft, entry: dict[str, Any]) -> None:
+    """Keys that the entry's type does not read."""
     kind = entry.get("type")
-    if not isinstance(kind, str) or kind not in SUPERVISED_TYPES:
+    method = next((key for key in _METHODS if draft.value((key,))), None)
+    if method is not None:
+        unread, who = unread_beside_method(method == "process_reward_model"), f"`{method}`"
+    elif isinstance(kind, dict):
+        unread, who = unread_keys("map"), "a map of prompts"
+    elif isinstance(kind, str) and kind in SUPERVISED_TYPES:
+        unread, who = unread_keys(kind), f"`type: {kind}`"
+    else:
         return
-    for key in unread_columns(kind):
+    for key in unread:
         if entry.pop(key, None) is not None:
-            draft.ignore(key, f"`type: {kind}` has no column for it")
+            draft.ignore(key, f"{who} does not read it")
+
+
+_METHODS = ("process_reward_model", "reward_model", "rl")
 
 
 # {type: (column, properties of a message)}, as Axolotl read them before it removed them (its commit

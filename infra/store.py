@@ -77,7 +77,8 @@ def expand(pattern: str) -> list[str]:
 
 def open_url(url: str, mode: str = "rb") -> IO[Any]:
     """Open a file on any file system; a `.gz`, `.bz2` or `.xz` ending is decompressed."""
-    opened = fsspec.open(url, mode, compression="infer")
+    path = url.split("?", 1)[0] if is_url(url) else url
+    opened = fsspec.open(url, mode, compression=fsspec.utils.infer_compression(path))
     return cast(IO[Any], cast(fsspec.core.OpenFile, opened).open())
 
 

@@ -7,7 +7,6 @@ training down nor end it. `import mlflow` takes more than a second, so it happen
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.infra import mlflow_values as form
 from regrow.infra.metric_buffer import MetricBuffer, Point
+from regrow.infra.new_database import alone, make_whole
 from regrow.infra.reachable import require_answer
 from regrow.infra.secrets import mask_secrets
 
@@ -137,7 +137,9 @@ def _new_client(uri: str) -> MlflowClient:
     # Else a new database greets the user with a line for each of its migrations.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with _alone(database.with_name(database.name + ".lock")):
+    with alone(database.with_name(database.name + ".lock")):
+        if not database.exists():
+            make_whole(database, _open_client)
         return _open_client(uri)
 
 
@@ -159,14 +161,6 @@ def _default_uri(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] (None: unset)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time: two that migrate the same new database fail each other."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def preload() -> None:

@@ -84,8 +84,8 @@ def adapter_digest(place: str, memo: DigestMemo) -> str:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise StageError(
-            f"lora_model_dir: {place} holds no {' and no '.join(missing)}; give the directory of an "
-            "adapter as PEFT stores it"
+            f"lora_model_dir: {place} holds no {' and no '.join(missing)}; give the directory of "
+            "an adapter as PEFT stores it"
         )
     return _digest_of(files, memo)
 

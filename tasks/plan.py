@@ -99,15 +99,7 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
         tokenizer = identity.locate(recipe.tokenizer_config, None, "tokenizer_config")
     weights = identity.weights_digest(model, memo)
     prepared = _prepare_stage(recipe, tokenizer, memo)
-    start, start_digest = _start_adapter(recipe, memo)
-    trained = Stage(
-        name="train",
-        version=train.VERSION,
-        spec=train.TrainSpec.from_recipe(recipe, weights, start_digest),
-        runner="regrow.tasks.train.run:run",
-        inputs={"prepare": prepared},
-        placement=train.TrainPlacement.from_recipe(recipe, model, _local_gpus(), start),
-    )
+    trained = _train_stage(recipe, model, weights, prepared, memo)
     merged = _merge_stage(recipe, model, weights, prepared, trained)
     baseline = _evaluate_stage(recipe, model, weights, {"prepare": prepared})
     scores = _evaluate_stage(
@@ -127,6 +119,20 @@ def make_plan(recipe: Recipe, name: str, memo: DigestMemo) -> Plan:
     )
     stages = (prepared, trained, merged, baseline, scores, published)
     return Plan(name, *stages, recipe.register_as or None, recipe.untrained_method)
+
+
+def _train_stage(
+    recipe: Recipe, model: str, weights: str, prepared: Stage, memo: DigestMemo
+) -> Stage:
+    start, start_digest = _start_adapter(recipe, memo)
+    return Stage(
+        name="train",
+        version=train.VERSION,
+        spec=train.TrainSpec.from_recipe(recipe, weights, start_digest),
+        runner="regrow.tasks.train.run:run",
+        inputs={"prepare": prepared},
+        placement=train.TrainPlacement.from_recipe(recipe, model, _local_gpus(), start),
+    )
 
 
 def _start_adapter(recipe: Recipe, memo: DigestMemo) -> tuple[str | None, str | None]:

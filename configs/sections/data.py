@@ -262,6 +262,11 @@ class DataSection(Section):
     """Mix the examples of each dataset, and leave the datasets one after the other. Only without
     `shuffle_merged_datasets`. Default false, Axolotl's."""
 
+    on_bad_rows: Literal["raise", "drop"] = "raise"
+    """What happens to a row that its format or the chat template refuses: raise an error that names
+    it; or drop it, and count it with the reason. Files that cannot be read at all are an error in
+    any case. Default `raise`."""
+
     dataset_exact_deduplication: bool = False
     """Keep only the first of identical examples, within and across `datasets`. Default false,
     Axolotl's."""

@@ -97,12 +97,29 @@ _READERS = {
         ("field_instruction", "field_input", "field_output"), f"{_INSTRUCTIONS} {_WITHOUT_SYSTEM}"
     ),
 }
+_OF_MASKS = (
+    *("roles_to_train", "train_on_eos", "train_on_eot"),
+    *("message_field_training", "message_field_training_detail"),
+)
+_OF_MESSAGES = (
+    *("field_messages", "field_tools", "message_property_mappings", "roles", "split_thinking"),
+    *("template_thinking_key", "drop_system_message", *_OF_MASKS),
+)
+_OF_STEPS = ("step_separator", "max_completion_length", "train_on_last_step_only")
 
 
-def unread_columns(name: str) -> list[str]:
-    """The keys for columns that a supervised format does not read."""
+def unread_keys(name: str) -> list[str]:
+    """The keys of a dataset that a supervised format does not read; `map` for prompts written in
+    the recipe."""
     family = name.partition(":")[0].partition(".")[0]
-    return [key for key, families in _READERS.items() if family not in families.split()]
+    unread = [key for key, families in _READERS.items() if family not in families.split()]
+    return [*unread, *(() if family == "chat_template" else _OF_MESSAGES), *_OF_STEPS]
+
+
+def unread_beside_method(steps: bool) -> tuple[str, ...]:
+    """The same of what is read for another method than imitation, in which all of an answer is
+    learnt."""
+    return _OF_MESSAGES if steps else (*_OF_MASKS, "train_on_inputs", *_OF_STEPS)
 
 
 def is_own_code(name: str) -> bool:

@@ -45,6 +45,9 @@ Count = Annotated[int, _NotBool, Field(ge=1)]
 Whole = Annotated[int, _NotBool, Field(ge=0)]
 """A whole number, 0 or more."""
 
+Seed = Annotated[int, _NotBool, Field(ge=0, lt=2**32)]
+"""A whole number of 32 bits, which is what numpy takes."""
+
 Positive = Annotated[float, _NotBool, Field(gt=0)]
 """A number above 0."""
 

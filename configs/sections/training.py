@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from regrow.configs.optimizers import Optimizer
 from regrow.configs.sections.section import (
@@ -12,6 +14,7 @@ from regrow.configs.sections.section import (
     Positive,
     Ratio,
     Section,
+    Seed,
     Texts,
     Whole,
 )
@@ -200,8 +203,9 @@ class TrainingSection(Section):
     greater_is_better: Literal[False] = False
     """Whether a larger metric is better; of a loss it never is."""
 
-    seed: Whole = 42
-    """Seed of the data order, the adapter's first values and dropout. Default 42, Axolotl's."""
+    seed: Seed = 42
+    """Seed of the data order, the adapter's first values and dropout; numpy takes 32 bits. Default
+    42, Axolotl's."""
 
     bf16: Literal["auto", "full"] | bool = "auto"
     """Compute in bfloat16; false: float32. `auto` and `full` mean true, on every machine. Default

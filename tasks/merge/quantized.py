@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
-from regrow.tasks.merge.base import Base
+from regrow.tasks.merge.base_model import Base
 from regrow.tasks.merge.lazy import Read
 from regrow.tasks.modeling.quantization import Quantization
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from regrow.infra import hub
-from regrow.tasks.merge.base import open_base
+from regrow.tasks.merge.base_model import open_base
 from regrow.tasks.merge.fidelity import Fidelity, compare, probe_batch
 from regrow.tasks.merge.quantized import dequantized
 from regrow.tasks.merge.spec import MergeSpec

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from regrow.tasks.merge.base import Base
+from regrow.tasks.merge.base_model import Base
 from regrow.tasks.merge.files import ShardWriter
 from regrow.tasks.merge.lazy import merged, units
 from regrow.tasks.modeling.load import DTYPES

@@ -11,76 +11,23 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from regrow.tasks.modeling.adapter_settings import AdapterSettings
 from regrow.tasks.stage import StageError
 
 
-def add_adapter(
-    model: PreTrainedModel,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: Sequence[str] | str | None = None,
-    target_linear: bool = False,
-    target_parameters: Sequence[str] = (),
-    exclude_modules: Sequence[str] | str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layers: Sequence[int] | None = None,
-    layers_pattern: Sequence[str] = (),
-    rslora: bool = False,
-    dora: bool = False,
-    init: bool | str = True,
-    loftq: Mapping[str, int] | None = None,
-    modules_to_save: Sequence[str] = (),
-    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-) -> PeftModel:
+def add_adapter(model: PreTrainedModel, **settings: Any) -> PeftModel:
     """The model with a fresh adapter; all that trains is float32.
 
     Args:
-        target_modules: names (endings) of layers, or one regular expression. None and no
-            `target_linear`: PEFT's choice for the architecture.
-        target_linear: every linear layer but the output head, and `target_modules` too.
-        target_parameters: names of parameters outside of linear layers, such as experts'.
-        layers: numbers of the transformer layers that are adapted; None: all.
-        init: first values; "eva" still needs `first_values.initialise_from_data`.
-        modules_to_save: layers trained whole and stored with the adapter.
-        trainable_tokens: token ids whose embeddings are trained, or {layer: ids}.
+        settings: the fields of `AdapterSettings`.
 
     Raises:
         StageError: for targets that the model has not, or an initialisation that does not work.
     """
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (floats work too)
-        lora_dropout=dropout,
-        target_modules=_targets(model, target_modules, target_linear, by_name=layers is not None),
-        target_parameters=list(target_parameters) or None,
-        exclude_modules=_listed(exclude_modules),
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),  # pyright: ignore[reportArgumentType]
-        layers_to_transform=None if layers is None else list(layers),
-        layers_pattern=list(layers_pattern) or None,
-        use_rslora=rslora,
-        use_dora=dora,
-        init_lora_weights=init,  # pyright: ignore[reportArgumentType]
-        loftq_config=dict(loftq or {"loftq_bits": 4, "loftq_iter": 1}) if init == "loftq" else {},
-        eva_config=EvaConfig() if init == "eva" else None,
-        modules_to_save=sorted(modules_to_save) or None,
-        trainable_token_indices=_token_ids(trainable_tokens),
-        ensure_weight_tying=_trains_a_tied_end(model, modules_to_save, trainable_tokens),
-    )
-    if init == "loftq" and not torch.cuda.is_available():
-        raise StageError(
-            "peft_init_lora_weights: PEFT computes loftq on a CUDA device only, and there is none; "
-            "use pissa, or true"
-        )
-    for target in target_parameters:
-        if not any(name.endswith(target) for name, _ in model.named_parameters()):
-            raise StageError(f"lora_target_parameters: no parameter's name ends in {target!r}")
+    wanted = AdapterSettings(**settings)
+    _check(model, wanted)
     try:
-        adapted: Any = get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, _lora_config(model, wanted))
     except (ValueError, NotImplementedError, TypeError) as error:
         raise StageError(
             f"lora_target_modules: no adapter can be put on this model: {error} "
@@ -88,6 +35,44 @@ def add_adapter(
         ) from error
     cast_trainable(adapted, torch.float32)
     return adapted
+
+
+def _check(model: PreTrainedModel, wanted: AdapterSettings) -> None:
+    """What PEFT would pass over, or say in other words."""
+    if wanted.init == "loftq" and not torch.cuda.is_available():
+        raise StageError(
+            "peft_init_lora_weights: PEFT computes loftq on a CUDA device only, and there is none; "
+            "use pissa, or true"
+        )
+    for target in wanted.target_parameters:
+        if not any(name.endswith(target) for name, _ in model.named_parameters()):
+            raise StageError(f"lora_target_parameters: no parameter's name ends in {target!r}")
+
+
+def _lora_config(model: PreTrainedModel, wanted: AdapterSettings) -> LoraConfig:
+    loftq = dict(wanted.loftq or {"loftq_bits": 4, "loftq_iter": 1})
+    settings: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": wanted.r,
+        "lora_alpha": wanted.alpha,
+        "lora_dropout": wanted.dropout,
+        "target_modules": _targets(model, wanted),
+        "target_parameters": list(wanted.target_parameters) or None,
+        "exclude_modules": _listed(wanted.exclude_modules),
+        "rank_pattern": dict(wanted.rank_pattern),
+        "alpha_pattern": dict(wanted.alpha_pattern),
+        "layers_to_transform": None if wanted.layers is None else list(wanted.layers),
+        "layers_pattern": list(wanted.layers_pattern) or None,
+        "use_rslora": wanted.rslora,
+        "use_dora": wanted.dora,
+        "init_lora_weights": wanted.init,
+        "loftq_config": loftq if wanted.init == "loftq" else {},
+        "eva_config": EvaConfig() if wanted.init == "eva" else None,
+        "modules_to_save": sorted(wanted.modules_to_save) or None,
+        "trainable_token_indices": _token_ids(wanted.trainable_tokens),
+        "ensure_weight_tying": _trains_a_tied_end(model, wanted),
+    }
+    return LoraConfig(**settings)
 
 
 def embedding_names(model: PreTrainedModel) -> set[str]:
@@ -98,12 +83,10 @@ def embedding_names(model: PreTrainedModel) -> set[str]:
     return {named[id(module)].rpartition(".")[2] for module in ends}
 
 
-def _trains_a_tied_end(
-    model: PreTrainedModel, modules_to_save: Sequence[str], tokens: object
-) -> bool:
+def _trains_a_tied_end(model: PreTrainedModel, wanted: AdapterSettings) -> bool:
     """Whether a copy of one end would be trained and leave the other end behind."""
-    ends = {*embedding_names(model), "lm_head"}
-    return _is_tied(model) and (bool(ends & set(modules_to_save)) or bool(tokens))
+    ends = {*embedding_names(model), "lm_head"} & set(wanted.modules_to_save)
+    return _is_tied(model) and bool(ends or wanted.trainable_tokens)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -142,10 +125,9 @@ def _token_ids(
     return None if tokens is None else list(tokens)
 
 
-def _targets(
-    model: PreTrainedModel, named: Sequence[str] | str | None, linear: bool, by_name: bool
-) -> str | list[str] | None:
-    """PEFT's `target_modules`; `by_name`: "all-linear" is spelt out as the names of layers."""
+def _targets(model: PreTrainedModel, wanted: AdapterSettings) -> str | list[str] | None:
+    """PEFT's `target_modules`; it counts layers only where the targets are names."""
+    named, linear, by_name = wanted.target_modules, wanted.target_linear, wanted.layers is not None
     if not named and not (linear and by_name):
         return "all-linear" if linear else None
     if isinstance(named, str):

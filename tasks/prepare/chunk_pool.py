@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 from regrow.tasks.prepare.tokenize import Block, ChunkTask, encode_chunk
@@ -26,6 +27,18 @@ class Stopped(Exception):  # noqa: N818 - nobody sees it
     """The work is given up because other work has failed."""
 
 
+def _end_with_parent() -> None:
+    """A process of the pool would wait for ever for the next chunk of a parent that was killed."""
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 class ChunkPool:
     """Processes that encode chunks for any number of threads. A context manager.
 
@@ -35,7 +48,9 @@ class ChunkPool:
 
     def __init__(self, processes: int) -> None:
         # spawn: a forked child of a process with threads (Prefect, Arrow) may hang.
-        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(
+            processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+        )
         self._free = threading.Semaphore(2 * processes + 1)
         self.stop = threading.Event()
         """Set it and whoever takes blocks gets `Stopped`."""

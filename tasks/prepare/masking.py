@@ -23,6 +23,7 @@ from regrow.tasks.prepare.locating import Located, Locator
 from regrow.tasks.prepare.rendering import ChatTemplate
 from regrow.tasks.prepare.skeleton import Span
 from regrow.tasks.prepare.toolcalls import CallForm
+from regrow.tasks.stage import StageError
 
 _Messages = Sequence[Mapping[str, Any]]
 _ALWAYS = ("role", "content")
@@ -149,6 +150,7 @@ class Masker:
         """How far training goes on behind a message, and further tokens that are learnt."""
         known = self._ends_known.get((ending, trained))
         if known is None:
+            self._refuse_two_rules(ending)
             wants = {"turn": trained, "all": True, "last": False, "none": False}
             modes = dict(self._rules)
             spans = sorted({span for kind, span in ending.kinds() if wants[modes[kind]]})
@@ -156,6 +158,14 @@ class Masker:
             known = (spans[0][1], tuple(spans[1:])) if reaches else (0, tuple(spans))
             self._ends_known[ending, trained] = known
         return known
+
+    def _refuse_two_rules(self, ending: Ending) -> None:
+        if ending.eot and ending.eot == ending.eos and len(self._modes) > 1:
+            raise StageError(
+                f"train_on_eot: {self.rules.train_on_eot}, and train_on_eos: "
+                f"{self.rules.train_on_eos}, but {self.eos!r} is both the eos token and what ends "
+                "a turn. Set both alike, or name other `eot_tokens`"
+            )
 
     @property
     def _rules(self) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -107,9 +107,16 @@ def detail_ranges(value: Any, what: str) -> Ranges:
     given = decoded(value, what)
     if not isinstance(given, Sequence) or not all(map(_is_detail, given)):
         raise RowError(
-            f"{what} must be a list of {{begin_offset, end_offset, train}}, not {str(value)[:60]!r}"
+            f"{what} must be a list of {{begin_offset, end_offset, train}}, the offsets counted "
+            f"from 0 and the first not behind the last, not {str(value)[:60]!r}"
         )
-    return tuple(sorted((d["begin_offset"], d["end_offset"] + 1) for d in given if d["train"]))
+    learnt, others = (
+        sorted((d["begin_offset"], d["end_offset"] + 1) for d in given if bool(d["train"]) == flag)
+        for flag in (True, False)
+    )
+    if any(start < stop and first < last for first, stop in learnt for start, last in others):
+        raise RowError(f"{what} says both of some characters: its ranges overlap")
+    return tuple(learnt)
 
 
 def _is_detail(value: Any) -> bool:
@@ -117,6 +124,7 @@ def _is_detail(value: Any) -> bool:
         isinstance(value, Mapping)
         and "train" in value
         and all(type(value.get(key)) is int for key in ("begin_offset", "end_offset"))
+        and 0 <= value["begin_offset"] <= value["end_offset"] + 1
     )
 
 

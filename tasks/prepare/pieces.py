@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 
@@ -111,8 +111,12 @@ def _write_lines(contents: Iterator[tuple[bytes, bool]], out: Path) -> tuple[int
 def _opened(place: str, start: int) -> Iterator[IO[bytes]]:
     """A file's bytes, decompressed, from `start` on. What is plain is read from there only."""
     if PurePosixPath(place.split("?", 1)[0]).suffix.lower() != ".zst":
-        with store.open_url(place) as source:
-            source.seek(start)
+        with store.open_url(place) as opened:
+            # By itself it may give less than it is asked for, though it does not end there: what
+            # has come so far from a server that tells no length.
+            source = io.BufferedReader(cast(io.RawIOBase, opened))
+            if start:
+                source.seek(start)
             yield source
         return
     with store.open_raw(place) as raw:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from regrow.tasks.prepare.examples import Corpus
 from regrow.tasks.prepare.progress import Progress
@@ -100,6 +102,7 @@ class _Reader:
             corpus=Corpus(list(zip(numbers, units, strict=True))),
             rows=[sum(map(len, parts)) for _, parts in datasets],
             unended=sum(unit.unended for unit in units),
+            refused=_refused(units),
         )
 
     def streamed(self, test: Tokenized) -> Read:
@@ -164,13 +167,18 @@ class _Reader:
         datasets = self._spec.datasets
         for number, stream in enumerate(reading):
             if not stream.rows:
-                _require_rows([(datasets[number], [])], "datasets", self._placement.locations)
+                _fail_for_no_rows(datasets[number], f"datasets.{number}", self._placement.locations)
         return Tokenized(
             datasets=datasets,
             corpus=Corpus([(n, unit) for n, stream in enumerate(reading) for unit in stream.units]),
             rows=[stream.rows for stream in reading],
             unended=sum(unit.unended for stream in reading for unit in stream.units),
+            refused=_refused([unit for stream in reading for unit in stream.units]),
         )
+
+
+def _refused(units: Iterable[Unit]) -> Counter[str]:
+    return sum((Counter(unit.refused) for unit in units), Counter())
 
 
 def _require_rows(
@@ -178,8 +186,12 @@ def _require_rows(
 ) -> None:
     for number, (dataset, parts) in enumerate(datasets):
         if not any(map(len, parts)):
-            files = ", ".join(locations[file.sha256] for file in dataset.files)
-            raise StageError(
-                f"{key}.{number}: there are no rows in {files}, or none in the wanted range. Check "
-                f"the files, `{key}.{number}.split` and its shards"
-            )
+            _fail_for_no_rows(dataset, f"{key}.{number}", locations)
+
+
+def _fail_for_no_rows(dataset: DatasetSpec, key: str, locations: Mapping[str, str]) -> NoReturn:
+    files = ", ".join(locations[file.sha256] for file in dataset.files)
+    raise StageError(
+        f"{key}: there are no rows in {files}, or none in the wanted range. Check the files, "
+        f"`{key}.split` and its shards"
+    )

@@ -33,14 +33,15 @@ def run(job: StageJob) -> dict[str, Any]:
 
     Returns:
         {"splits": {split: `split_counts`}, "datasets": `dataset_counts`, "test_datasets": the same,
-        "dropped": {reason: examples}, "kind": str, "sequence_len": int}
+        "dropped": {reason: examples}, "refused": {why: rows}, "kind": str, "sequence_len": int}
 
     Raises:
         StageError: for data that cannot be read or leaves nothing to train on.
     """
     spec: PrepareSpec = job.spec
     tokenizer = _tokenizer(job)
-    found = read(job, lambda dataset: _row_encoding(dataset, tokenizer))
+    _tell_of_lost_thinking(job, tokenizer)
+    found = read(job, lambda dataset: _row_encoding(dataset, tokenizer, spec.on_bad_rows))
     _tell(job, found)
     written = {split: _write(job, split, *its) for split, its in found.splits.items()}
     _finish(job, tokenizer, written, found.splits.get("validation"))
@@ -56,6 +57,7 @@ def run(job: StageJob) -> dict[str, Any]:
         "datasets": dataset_counts(spec.datasets, train.rows, train.corpus.examples),
         "test_datasets": dataset_counts(spec.test_datasets, test.rows, test.corpus.examples),
         "dropped": found.dropped,
+        "refused": _refused(found),
         "kind": spec.kind,
         "sequence_len": spec.sequence_len,
     }
@@ -74,10 +76,10 @@ def _tokenizer(job: StageJob) -> SavedTokenizer:
     )
 
 
-def _row_encoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> RowEncoding:
+def _row_encoding(dataset: DatasetSpec, tokenizer: SavedTokenizer, bad: str) -> RowEncoding:
     chat = chat_options(dataset.options)
     if chat is None:
-        return RowEncoding(dataset.format, dataset.options, MaskRules(), None, tokenizer)
+        return RowEncoding(dataset.format, dataset.options, MaskRules(), None, tokenizer, bad)
     template = chat.chat_template or tokenizer.chat_template
     if template is None and chat is dataset.options:
         raise StageError(
@@ -86,16 +88,38 @@ def _row_encoding(dataset: DatasetSpec, tokenizer: SavedTokenizer) -> RowEncodin
         )
     names = [rule.name for rule in fields(MaskRules)]
     rules = MaskRules(**{name: getattr(chat, name) for name in names})
-    return RowEncoding(dataset.format, dataset.options, rules, template, tokenizer)
+    return RowEncoding(dataset.format, dataset.options, rules, template, tokenizer, bad)
+
+
+def _tell_of_lost_thinking(job: StageJob, tokenizer: SavedTokenizer) -> None:
+    chats = [chat_options(d.options) for d in (*job.spec.datasets, *job.spec.test_datasets)]
+    for chat in chats:
+        template = chat and (chat.chat_template or tokenizer.chat_template)
+        if chat and template and chat.split_thinking and chat.thinking not in template:
+            job.report.log(
+                f"warning: split_thinking takes thinking into {chat.thinking!r}, which the chat "
+                "template does not print: it is left out. Check `template_thinking_key`"
+            )
 
 
 _WHY = {
+    "refused": "the format or the chat template refuses them (`on_bad_rows: drop`)",
     "repeated": "they are repeated",
     "not_wanted": "of the datasets' weights or of dataset_shard_num",
     "too_short": "they are too short",
     "too_long": "they are too long",
     "nothing_learnt": "they hold nothing to learn",
 }
+
+
+_MOST_REASONS = 20
+"""Reasons for refusing rows that are told, the most frequent first."""
+
+
+def _refused(found: Read) -> dict[str, int]:
+    both = found.train.refused + found.test.refused
+    most = sorted(both.items(), key=lambda pair: (-pair[1], pair[0]))
+    return dict(most[:_MOST_REASONS])
 
 
 def _tell(job: StageJob, found: Read) -> None:
@@ -110,6 +134,8 @@ def _tell(job: StageJob, found: Read) -> None:
     for why, reason in _WHY.items():
         if found.dropped[why]:
             job.report.log(f"{found.dropped[why]} examples dropped: {reason}")
+    for reason, number in _refused(found).items():
+        job.report.log(f"refused, {number} rows: {reason}")
     if leaked := found.dropped["leaked"]:
         keeps = job.spec.leakage == "keep"
         done = "kept: the validation loss is not of unseen examples" if keeps else "dropped"

@@ -66,5 +66,8 @@ def parse_splits(text: str, key: str = "datasets.0") -> tuple[tuple[str, Rows], 
                 f"{key}.split: {text!r} is not a split; write train, train[:10%], train[100:200] "
                 "or several of these with + between them"
             )
-        found.append((match["name"], Rows(match["start"] or "", match["stop"] or "")))
+        # From the first row and to the last is what is meant where nothing is said.
+        start = "" if match["start"] in (None, "0", "0%") else match["start"]
+        stop = "" if match["stop"] in (None, "100%") else match["stop"]
+        found.append((match["name"], Rows(start, stop)))
     return tuple(found)

@@ -89,6 +89,8 @@ class PrepareSpec:
     """Examples of fewer tokens are dropped."""
     val_set_size: float
     """Below 1: the fraction of examples held back; else their number."""
+    on_bad_rows: str
+    """What happens to rows that a format or a template refuses: raise or drop."""
     leakage: str
     """What happens to training examples that are in `test_datasets` too: drop, keep or error."""
     row_order: str
@@ -123,9 +125,14 @@ class PrepareSpec:
             StageError: for a type, file type, split or template that is not known, and for
                 datasets of different kinds.
         """
-        packs_eval = recipe.eval_sample_packing
         datasets = _datasets(recipe, recipe.datasets, dataset_files, "datasets")
         tests = _datasets(recipe, recipe.test_datasets, test_dataset_files, "test_datasets")
+        val_set_size = 0.0 if tests else _val_set_size(recipe)
+        packs = bool(recipe.sample_packing)
+        eval_sequence_len, packs_eval = recipe.sequence_len, packs
+        if tests or val_set_size:  # without validation how it would be done decides nothing
+            eval_sequence_len = recipe.eval_sequence_len or eval_sequence_len
+            packs_eval = packs if (its := recipe.eval_sample_packing) is None else its
         return cls(
             datasets=datasets,
             test_datasets=tests,
@@ -136,13 +143,14 @@ class PrepareSpec:
             special_tokens=_special_tokens(recipe.special_tokens),
             tokens=tuple(recipe.tokens or ()),
             sequence_len=recipe.sequence_len,
-            eval_sequence_len=recipe.eval_sequence_len or recipe.sequence_len,
-            sample_packing=bool(recipe.sample_packing),
-            eval_sample_packing=bool(recipe.sample_packing if packs_eval is None else packs_eval),
-            packs_in_order=recipe.sample_packing_sequentially,
+            eval_sequence_len=eval_sequence_len,
+            sample_packing=packs,
+            eval_sample_packing=packs_eval,
+            packs_in_order=recipe.sample_packing_sequentially and (packs or packs_eval),
             excess_length_strategy=recipe.excess_length_strategy,
             min_sample_len=recipe.min_sample_len or 0,
-            val_set_size=0.0 if recipe.test_datasets else _val_set_size(recipe),
+            val_set_size=val_set_size,
+            on_bad_rows=recipe.on_bad_rows,
             leakage=recipe.validation_leakage if tests else "drop",
             row_order=_row_order(recipe),
             deduplicate=recipe.dataset_exact_deduplication,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,8 @@ class Tokenized:
     rows: list[int]
     """Source rows of each dataset."""
     unended: int
+    refused: Counter[str]
+    """Why rows were dropped as they were read -> how many."""
 
 
 def split(spec: PrepareSpec, train: Tokenized, test: Tokenized) -> tuple[Splits, Dropped]:
@@ -82,7 +85,11 @@ def _chosen(
     examples = tokenized.corpus.examples
     unique = without_repeats(examples) if spec.deduplicate else examples
     wanted = part(sampled(unique, weights, spec.seed), parts, index)
-    dropped = {"repeated": len(examples) - len(unique), "not_wanted": len(unique) - len(wanted)}
+    dropped = {
+        "refused": tokenized.refused.total(),
+        "repeated": len(examples) - len(unique),
+        "not_wanted": len(unique) - len(wanted),
+    }
     return wanted, dropped | dict.fromkeys(("too_short", "too_long", "nothing_learnt", "leaked"), 0)
 
 
@@ -100,6 +107,14 @@ def _usable(
         limit: longest sequence in tokens.
         key: where they come from in the recipe, for errors.
     """
+    if not len(pool) and tokenized.refused:
+        (why, _), *_ = tokenized.refused.most_common(1)
+        raise StageError(f"{key}: all {tokenized.refused.total()} rows are refused: {why}")
+    if not len(pool) and dropped["not_wanted"]:
+        raise StageError(
+            f"dataset_shard_num: part {spec.shard_idx} of {spec.shard_num} is empty: there are "
+            f"{dropped['not_wanted']} examples in all. Lower it"
+        )
     if not len(pool):
         raise StageError(f"{key}: there are no rows in the files: every line is blank")
     enough = pool.take(pool.length >= spec.min_sample_len)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.infra import store
+from regrow.infra.digests import DigestMemo
 from regrow.tasks.prepare.pieces import PIECE_BYTES, PieceReader
 from regrow.tasks.prepare.slices import Rows
 from regrow.tasks.prepare.sources import stream_identity
@@ -50,6 +51,7 @@ class Streams(Mapping[str, str]):
     def __init__(self, locations: Mapping[str, str], scratch: Path, units: UnitCache) -> None:
         self._locations, self._units = locations, units
         self._folder = scratch / "pieces"
+        self._memo = DigestMemo(scratch / "digests.sqlite")
         self._known: dict[str, Piece] = {}
         self._reader = PieceReader()
 
@@ -98,10 +100,16 @@ class Streams(Mapping[str, str]):
     def _place(self, file: SourceFile) -> str:
         """Where the file is. Raises StageError when it has changed since the plan was made."""
         place = self._locations[file.sha256]
-        if store.is_url(place) and stream_identity(place) not in (None, file.sha256):
+        try:
+            remote = store.is_url(place)
+            found = stream_identity(place) if remote else self._memo.sha256(place)
+        except OSError as error:
+            raise StageError(f"{place}: cannot be read ({error}). Is it there still?") from error
+        if found not in (None, file.sha256):
             raise StageError(
-                f"{place}: the file has changed since the plan was made (its size or etag is "
-                "another). Run again to plan with what it is now"
+                f"{place}: the file has changed since the plan was made (its "
+                f"{'size or etag' if remote else 'sha256'} is another). Run again to plan with "
+                "what it is now"
             )
         return place
 

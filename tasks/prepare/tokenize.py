@@ -6,8 +6,10 @@ Imports neither torch nor Transformers, so that a process starts in a moment.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 
 from regrow.tasks.prepare.alignment import Aligner
 from regrow.tasks.prepare.encoding import Encoder, Tokens
-from regrow.tasks.prepare.example import Item, RowError
+from regrow.tasks.prepare.example import Item, Pieces, RowError
 from regrow.tasks.prepare.formats.registry import FORMATS, kind_of
 from regrow.tasks.prepare.localize import LocalFile
 from regrow.tasks.prepare.masking import MaskRules
@@ -38,6 +40,8 @@ class RowEncoding:
     rules: MaskRules
     template: str | None
     tokenizer: SavedTokenizer
+    on_bad_rows: str = "raise"
+    """raise or drop."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Block:
     digests: np.ndarray
     """uint64 [items]: of all of the above. Equal items have equal digests."""
     unended: int
+    refused: Counter[str] = field(default_factory=Counter)
+    """Why rows were dropped -> how many: see `reason_of`."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -93,20 +99,43 @@ def encode_chunk(task: ChunkTask) -> Block:
     """The block of a chunk.
 
     Raises:
-        StageError: for a row that cannot be used, naming the file and the row.
+        StageError: for a row that cannot be used, naming the file and the row; unless such rows
+            are to be dropped.
     """
     encoding = task.encoding
     kind = kind_of(encoding.format)
     encoder = _encoder(encoding.tokenizer, encoding.template, encoding.rules)
-    items = _items(task)
+    bad = _BadRows(task)
+    items = _items(task, bad)
     done: list[_Encoded] = []
     while some := list(islice(items, _ROWS)):
-        try:
-            done += _encode([item for _, item in some], encoder, kind)
-        except RowError:
-            _name_the_row(task, some, encoder, kind)
-            raise
-    return _block(done)
+        done += _encode_good(some, encoder, kind, bad)
+    return _block(done, bad.dropped)
+
+
+class _BadRows:
+    """What is done with rows that the format or the template refuses."""
+
+    def __init__(self, task: ChunkTask) -> None:
+        self._task = task
+        self.dropped: Counter[str] = Counter()
+
+    def add(self, number: int, error: RowError) -> None:
+        """Count the row. Raises StageError where such rows are not to be dropped."""
+        if self._task.encoding.on_bad_rows == "raise":
+            raise StageError(f"{self._task.file.where(number)}: {error}") from error
+        self.dropped[reason_of(error)] += 1
+
+
+_OF_THE_ROW = re.compile(r"(?<=\w )\d+\b|, not (?:'.*'|\".*\")$|'.{40,}'", re.DOTALL)
+
+_LONGEST_REASON = 300
+
+
+def reason_of(error: RowError) -> str:
+    """An error without what is peculiar to its row, so that there are few reasons for many rows."""
+    general = _OF_THE_ROW.sub(lambda at: "" if at[0].startswith(",") else "...", str(error))
+    return general[:_LONGEST_REASON]
 
 
 @lru_cache(maxsize=64)  # a process meets the chunks of many datasets in turn
@@ -120,24 +149,53 @@ def _aligner(path: str) -> Aligner:
     return Aligner(load_backend(path))
 
 
-def _items(task: ChunkTask) -> Iterator[tuple[int, Item]]:
+def _items(task: ChunkTask, bad: _BadRows) -> Iterator[tuple[int, Item]]:
     read, options = FORMATS[task.encoding.format].read, task.encoding.options
     for number, row in read_rows(task.file, task.chunk, task.low, task.high):
         try:
             found = read(row, options)
         except RowError as error:
-            raise StageError(f"{task.file.where(number)}: {error}") from error
-        yield number, found if isinstance(found, Item) else Item((found,))
+            bad.add(number, error)
+        except RecursionError:
+            bad.add(number, RowError("its values are nested too deeply; mend the row"))
+        else:
+            yield number, found if isinstance(found, Item) else Item((found,))
+
+
+def _encode_good(
+    numbered: Sequence[tuple[int, Item]], encoder: Encoder, kind: str, bad: _BadRows
+) -> list[_Encoded]:
+    """Many at once; where one of them is refused, one half after the other until it is found."""
+    try:
+        return _encode([item for _, item in numbered], encoder, kind)
+    except RowError as error:
+        if len(numbered) == 1:
+            bad.add(numbered[0][0], error)
+            return []
+    middle = len(numbered) // 2
+    halves = numbered[:middle], numbered[middle:]
+    return [each for half in halves for each in _encode_good(half, encoder, kind, bad)]
 
 
 def _encode(items: Sequence[Item], encoder: Encoder, kind: str) -> list[_Encoded]:
     tokens = iter(encoder.encode_many([source for item in items for source in item.sequences]))
     encoded = [_Encoded(item, list(islice(tokens, len(item.sequences)))) for item in items]
+    if kind == "steps":
+        encoded = [_of_kept_steps(each) for each in encoded]
     for each in encoded:
         _check_labels(each, kind)
     if kind == "preference":
         encoded = [_Encoded(each.item, _from_one_context(each.sequences)) for each in encoded]
     return encoded
+
+
+def _of_kept_steps(encoded: _Encoded) -> _Encoded:
+    """Without the labels of steps that a limit has cut off."""
+    source = encoded.item.sequences[0]
+    if not isinstance(source, Pieces) or source.answer_limit is None:
+        return encoded
+    kept = int(encoded.sequences[0].loss_mask.sum())
+    return replace(encoded, item=replace(encoded.item, labels=encoded.item.labels[:kept]))
 
 
 def _from_one_context(pair: list[Tokens]) -> list[Tokens]:
@@ -150,17 +208,6 @@ def _from_one_context(pair: list[Tokens]) -> list[Tokens]:
     for tokens in pair:
         tokens.loss_mask[max(shared, 1) : tokens.prompt_len] = 1
     return [replace(tokens, prompt_len=shared) for tokens in pair]
-
-
-def _name_the_row(
-    task: ChunkTask, numbered: Iterable[tuple[int, Item]], encoder: Encoder, kind: str
-) -> None:
-    """Many rows were tokenized at once and one is at fault: find it."""
-    for number, item in numbered:
-        try:
-            _encode([item], encoder, kind)
-        except RowError as error:
-            raise StageError(f"{task.file.where(number)}: {error}") from error
 
 
 _SEQUENCES = {"preference": 2}
@@ -184,7 +231,7 @@ def _check_labels(encoded: _Encoded, kind: str) -> None:
         raise RowError(f"labels must be from 0 to 255, not {item.labels}")
 
 
-def _block(encoded: list[_Encoded]) -> Block:
+def _block(encoded: list[_Encoded], refused: Counter[str]) -> Block:
     tokens = [sequence for each in encoded for sequence in each.sequences]
     labels = [label for each in encoded for label in each.item.labels]
     supervised = [sum(int(s.loss_mask.sum()) for s in each.sequences) for each in encoded]
@@ -200,6 +247,7 @@ def _block(encoded: list[_Encoded]) -> Block:
         prompt_lens=np.array([each.sequences[0].prompt_len for each in encoded], np.int32),
         digests=np.array([_digest(each) for each in encoded], np.uint64),
         unended=sum(t.unended for t in tokens),
+        refused=refused,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ other in `input_ids`."""
 def write_unit(blocks: Iterator[Block], path: Path) -> dict[str, Any]:
     """Blocks as they come, not compressed: packing reads examples from all over the file."""
     examples = tokens = unended = 0
+    refused: Counter[str] = Counter()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for block in blocks:
             writer.write_batch(_record_batch(block))
             examples, tokens = examples + len(block), tokens + len(block.input_ids)
             unended += block.unended
-    return {"examples": examples, "tokens": tokens, "unended": unended}
+            refused += block.refused
+    counts = {"examples": examples, "tokens": tokens, "unended": unended}
+    return counts | {"refused": dict(refused)}
 
 
 def _record_batch(block: Block) -> pa.RecordBatch:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ class Sources:
     def local(self, source: SourceFile) -> LocalFile:
         """The file, readable here. Raises StageError when it is not what was planned."""
         with self._locks.of(source.sha256 + source.kind):
-            if source not in self._local:
+            known = self._local.get(source)
+            # Of a stream only the piece in work is kept: another dataset may need an earlier one.
+            if known is None or not Path(known.path).is_file():
                 place = self._locations[source.sha256]
                 self._local[source] = localize(place, source.sha256, source.kind, self._scratch)
             return self._local[source]
@@ -122,6 +124,8 @@ class Unit:
     examples: int
     tokens: int
     unended: int
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Why rows were dropped -> how many."""
 
 
 class Tokenizing:
@@ -177,6 +181,7 @@ class Tokenizing:
             "options": encoding.options,
             "template": encoding.template,
             "tokenizer": self._identity,
+            "on_bad_rows": encoding.on_bad_rows,
         }
 
         def build(out: Path) -> dict[str, Any]:
@@ -194,7 +199,8 @@ class Tokenizing:
             path, result, built = self._units.get_or_build("tokens", VERSION, spec, build)
         if not built:
             told(len(part), result["tokens"])
-        return Unit(path / UNIT_FILE, result["examples"], result["tokens"], result["unended"])
+        counts = (result[name] for name in ("examples", "tokens", "unended", "refused"))
+        return Unit(path / UNIT_FILE, *counts)
 
     def _encoded(self, tasks: list[ChunkTask], told: Told) -> Iterator[Block]:
         alone = self._num_proc == 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from regrow.tasks.modeling.adapter_settings import AdapterSettings
 from regrow.tasks.stage import StageError
 
 if TYPE_CHECKING:
@@ -13,32 +14,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """A LoRA adapter; the names are PEFT's, less the prefix `lora_`."""
+class AdapterSpec(AdapterSettings):
+    """An adapter, and where its values come from."""
 
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | str | None = None
-    """Names of layers, or one regular expression."""
-    target_linear: bool = False
-    target_parameters: tuple[str, ...] = ()
-    """Names of parameters outside of linear layers, such as those of a layer of experts."""
-    exclude_modules: tuple[str, ...] | str | None = None
-    """Names of layers, or one regular expression."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    layers: tuple[int, ...] | None = None
-    """Numbers of the transformer layers that are adapted; None: all."""
-    layers_pattern: tuple[str, ...] = ()
-    rslora: bool = False
-    dora: bool = False
-    init: bool | str = True
-    loftq: Mapping[str, int] = field(default_factory=dict)
-    """PEFT's `loftq_config`, for init "loftq"."""
-    modules_to_save: tuple[str, ...] = ()
-    trainable_tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
-    """Token ids whose embeddings are trained, or {layer: ids}."""
     start: str | None = None
     """Digest of an adapter to go on from; all else is then as its own configuration says."""
 

@@ -57,8 +57,8 @@ def keep_evidence(losses: StepLosses, batches: MicroBatches, path: Path) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1))
     raise StageError(
-        f"loss is {values[micro]} at step {losses.step + 1}, in micro-batch {micro} of {path.stem}, "
-        f"rows {', '.join(map(str, rows))} of the prepared data: {DIVERGED}"
+        f"loss is {values[micro]} at step {losses.step + 1}, in micro-batch {micro} (kept in "
+        f"{path.name}), rows {', '.join(map(str, rows))} of the prepared data: {DIVERGED}"
     )
 
 

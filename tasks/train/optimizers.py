@@ -139,6 +139,15 @@ def _parsed(value: Any) -> Any:
         return value
 
 
+def drop_empty_groups(optimizer: Optimizer) -> None:
+    """Take out the groups that hold no parameter, such as LoRA's without weight decay.
+
+    DeepSpeed takes them out too. Were they kept elsewhere, no checkpoint of the optimizer or of the
+    schedule, which has a curve for each group, would fit both.
+    """
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
 # ---- parameters with learning rates of their own ----
 
 

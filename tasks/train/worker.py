@@ -78,66 +78,97 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         StageError: for what the user can mend.
     """
     begin = time.monotonic()
-    args = training_arguments(job.spec, job.placement, scratch=job.work / "unfinished")
-    if args.process_index != 0:
-        logging.getLogger("regrow").setLevel(logging.WARNING)  # rank 0 says it for all
-    if args.device.type == "cuda" and job.placement.tf32:
-        torch.set_float32_matmul_precision("high")
+    args = _arguments(job)
     rows = PackedRows(job.prepared, "train")
     course = _plot_course(job, len(rows), args.world_size)
-    args = with_steps(
-        args,
-        total=course.total_steps,
-        warmup=course.warmup_steps,
-        micro_batch_size=course.split.micro_batch_size,
-        accumulation=course.split.accumulation,
-    )
+    args = _with_course(args, course)
     checkpoints = _open_checkpoints(job)
     start = agree_on_newest(checkpoints, args) if checkpoints else None
-    if start and _has_stopped(job, start):
-        course = replace(course, total_steps=start.step)  # nothing is left but to write the result
-        args.max_steps = start.step
     if start:
-        logger.info("resuming after step %d of %d", start.step, course.total_steps)
+        course = _resumed(job, args, course, start)
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
     with whole_model_loading(args):
         trained = build_model(job)
-    recorder = _Recorder.open(job, course, start) if args.process_index == 0 else None
     trainer = _build_trainer(job, args, course, trained, meter, rows, start)
     best = _keep_best(job, start, trainer, args.process_index)
     ranks = Ranks.of(args)
     limit = job.placement.time_limit
     stop = StopEarly(ranks, begin + limit if limit else None, checkpoints is not None)
     with ExitStack() as stack:
-        if recorder:
-            stack.callback(recorder.close)
-        saver = None
-        if checkpoints:
-            scratch = job.work / "saving"
-            saver = BackgroundSaver(checkpoints, ranks, scratch, canonical(job.spec))
-            stack.callback(saver.close)
-        found = [
+        recorder = _open_recorder(job, args, course, start, stack)
+        saver = _open_saver(job, ranks, checkpoints, stack)
+        for callback in (
             *_early_callbacks(job, args, start, trainer, ranks, stack),
             *([best] if best else []),
             *_callbacks(job, course, trainer, saver, meter, recorder),
             stop,
             *callbacks,
-        ]
-        for callback in found:
+        ):
             trainer.add_callback(callback)
         stack.enter_context(stop.listening())
         meter.start()
         trainer.train()
-        if saver and stop.reason:
-            saver.finish()
-        elif saver:
-            saver.wait()
+        if saver:
+            saver.finish() if stop.reason else saver.wait()
     if stop.reason:
         return {"preempted": stop.reason, "step": trainer.state.global_step}
     return _finish(job, trainer, course, meter, trained, best)
 
 
 # ---- before ----
+
+
+def _arguments(job: WorkerJob) -> TrainingArguments:
+    args = training_arguments(job.spec, job.placement, scratch=job.work / "unfinished")
+    if args.process_index != 0:
+        logging.getLogger("regrow").setLevel(logging.WARNING)  # rank 0 says it for all
+    if args.device.type == "cuda" and job.placement.tf32:
+        torch.set_float32_matmul_precision("high")
+    return args
+
+
+def _with_course(args: TrainingArguments, course: Course) -> TrainingArguments:
+    return with_steps(
+        args,
+        total=course.total_steps,
+        warmup=course.warmup_steps,
+        micro_batch_size=course.split.micro_batch_size,
+        accumulation=course.split.accumulation,
+    )
+
+
+def _resumed(job: WorkerJob, args: TrainingArguments, course: Course, start: Checkpoint) -> Course:
+    """The course from a checkpoint on; one that had come to its end early has no steps left."""
+    if _has_stopped(job, start):
+        course = replace(course, total_steps=start.step)  # nothing is left but to write the result
+        args.max_steps = start.step
+    logger.info("resuming after step %d of %d", start.step, course.total_steps)
+    return course
+
+
+def _open_recorder(
+    job: WorkerJob,
+    args: TrainingArguments,
+    course: Course,
+    start: Checkpoint | None,
+    stack: ExitStack,
+) -> _Recorder | None:
+    """Rank 0's recorder, closed with the stack."""
+    if args.process_index != 0:
+        return None
+    recorder = _Recorder.open(job, course, start)
+    stack.callback(recorder.close)
+    return recorder
+
+
+def _open_saver(
+    job: WorkerJob, ranks: Ranks, checkpoints: Checkpoints | None, stack: ExitStack
+) -> BackgroundSaver | None:
+    if not checkpoints:
+        return None
+    saver = BackgroundSaver(checkpoints, ranks, job.work / "saving", canonical(job.spec))
+    stack.callback(saver.close)
+    return saver
 
 
 def _plot_course(job: WorkerJob, num_rows: int, world_size: int) -> Course:
@@ -397,6 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("regrow").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other of renames
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
     disable_progress_bar()
     job = WorkerJob.read(Path(path))
     try:

@@ -90,6 +90,32 @@ def test_surprises_are_said(notices_of, minimal, written, said):
     assert [notice for notice in notices_of(f"{minimal}{written}\n") if notice.startswith(said)]
 
 
+@pytest.mark.parametrize(
+    ("entry", "top", "key"),
+    [
+        ("type: alpaca\n    roles_to_train: [user]", "", "roles_to_train"),
+        ("type: alpaca:chatml\n    train_on_eos: none", "", "train_on_eos"),
+        ("type: completion\n    split_thinking: true", "", "split_thinking"),
+        ("type: chat_template\n    step_separator: x", "", "step_separator"),
+        ("type: {field_output: a}\n    field_output: b", "", "field_output"),
+        ("type: passthrough\n    train_on_eos: none", "rl: dpo", "train_on_eos"),
+        ("type: passthrough\n    roles_to_train: [user]", "reward_model: true", "roles_to_train"),
+    ],
+)
+def test_keys_that_a_type_does_not_read_are_said(load, minimal, entry, top, key):
+    loaded = load(minimal.replace("type: alpaca", entry) + top + "\n")
+    told = [notice for notice in loaded.notices if notice.action == "ignored"]
+    assert [notice.keys for notice in told] == [(key,)]
+
+
+def test_keys_that_a_type_reads_are_kept(load, minimal):
+    chat = "type: chat_template\n    train_on_eos: none\n    roles_to_train: [user]"
+    loaded = load(minimal.replace("type: alpaca", chat))
+    assert not [notice for notice in loaded.notices if notice.action == "ignored"]
+    entry = loaded.recipe.datasets[0]
+    assert (entry.train_on_eos, entry.roles_to_train) == ("none", ("user",))
+
+
 def test_the_short_default_length_is_said(notices_of, minimal):
     said = "set sequence_len: 512 because it is Axolotl's default"
     assert said in notices_of(minimal.replace("sequence_len: 1024\n", ""))

@@ -81,7 +81,8 @@ def changed_recipes(draw) -> dict[str, Any]:
         ):
             target = entries[0]
         target = recipe if target is None else target
-        key = draw(st.sampled_from(sorted(map(str, target))) | st.sampled_from(keys))
+        there = sorted(map(str, target)) or keys
+        key = draw(st.sampled_from(there) | st.sampled_from(keys))
         if draw(st.booleans()) and key in target:
             del target[key]
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regrow.configs.rules import adapter, batch, data, model, schedule
+from regrow.configs.rules import adapter, batch, data, model, parallel, schedule
 from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.rules.rule import Rule
 from regrow.configs.sections.data import CHAT_TEMPLATES, MODEL_TEMPLATES
@@ -462,7 +462,7 @@ def test_the_smallest_recipe_breaks_no_rule(load, minimal):
 
 def test_each_rule_has_its_case_and_its_place():
     assert {rule.name for rule in ALL_RULES} == CASES.keys()
-    modules = (adapter, batch, data, model, schedule)
+    modules = (adapter, batch, data, model, parallel, schedule)
     written = {v.name for m in modules for v in vars(m).values() if isinstance(v, Rule)}
     assert written == CASES.keys()
     assert len(ALL_RULES) == len(CASES)

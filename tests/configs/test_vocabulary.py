@@ -148,7 +148,11 @@ def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
         ("ebft: {feature_layers: [1]}", "ebft", "energy-based fine-tuning is not here yet"),
         ("processor_type: AutoProcessor", "processor_type", "training on images or audio"),
         ("tensor_parallel_size: 2", "tensor_parallel_size", "are not divided by heads yet"),
-        ("sequence_parallel_degree: 2", "sequence_parallel_degree", "a token would see other examples"),
+        (
+            "sequence_parallel_degree: 2",
+            "sequence_parallel_degree",
+            "a token would see other examples",
+        ),
         ("context_parapllel_size: 2", "context_parapllel_size", "a token would see other"),
         ("save_safetensors: false", "save_safetensors", "only ever written as safetensors"),
         ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),

@@ -47,6 +47,7 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "shuffle_before_merging_datasets": (["true", "--shuffle_merged_datasets=false"], ALL),
     "dataset_shard_num": (["2"], ALL),
     "dataset_shard_idx": (["1", "--dataset_shard_num=2"], ALL),
+    "on_bad_rows": (["drop"], ALL),
     "dataset_exact_deduplication": (["true"], ALL),
     "dataset_num_proc": (["3"], NOTHING),
     "chat_template": (["chatml"], ALL),

@@ -3,9 +3,11 @@
 import json
 import logging
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -258,6 +260,16 @@ for step in range(200):
 reporter.close()
 tracker.finish(run_id, "FINISHED")
 """
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    made = tmp_path / "mlflow.db.new"
+    with closing(sqlite3.connect(made)) as half, half:
+        half.execute("CREATE TABLE runs (deleted_time BIGINT)")
+    made.with_name(f"{made.name}-journal").write_bytes(b"of another attempt")
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    tracker.connect()
+    assert {path.name for path in tmp_path.glob("mlflow.db*")} == {"mlflow.db", "mlflow.db.lock"}
 
 
 def test_processes_share_a_new_database(tmp_path: Path) -> None:

@@ -171,15 +171,20 @@ def _message(
     details |= _texts(message, (*properties, options.thinking))
     _call_tools(message, number, options)
     _require_text(message, number, properties["content"])
-    if options.split_thinking and not details:
-        _split_thinking(message, options)
+    if options.split_thinking:
+        _split_thinking(message, number, options, bool(details))
     return Message(message, trained, details or None)
 
 
-def _split_thinking(message: dict[str, Any], options: Options) -> None:
+def _split_thinking(message: dict[str, Any], number: int, options: Options, detailed: bool) -> None:
     if message["role"] != "assistant" or not isinstance(message["content"], str):
         return
     thought = forms.split_thinking(message["content"])
+    if thought is not None and detailed:
+        raise RowError(
+            f"message {number} says which of its characters are trained, and `split_thinking` "
+            "would move them; put the thinking into a property of its own"
+        )
     if thought is not None:
         message[options.thinking], message["content"] = thought
 

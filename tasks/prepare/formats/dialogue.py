@@ -106,8 +106,11 @@ def sequence(
     messages, answers = as_messages(prompt, "user"), as_messages(answer, "assistant")
     if source.frame is None:
         return Exchange(messages, answers, tools, source.closed)
+    if [message["role"] for message in answers] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in answers)
+        raise RowError(f"an answer must be text or one message of the assistant, not of {roles}")
     frame = FRAMES[source.frame]
-    text = "".join(str(message["content"]) for message in answers)
+    text = str(answers[0]["content"])
     end = "" if source.frame == "zephyr" else frame.end  # Zephyr's is its eos token, added anyway
     return answered(frame.prompt(messages), text + end)
 

@@ -65,6 +65,8 @@ def read(row: Mapping[str, Any], options: Options) -> Item:
     for number, step in enumerate(steps):
         if not isinstance(step, str):
             raise RowError(f"step {number} must be text, not {str(step)[:40]!r}")
+        if not step + options.step_separator:
+            raise RowError(f"step {number} is empty, and so is `step_separator`; mend the row")
     labels = [as_flag(value, f"label {number}") for number, value in enumerate(given)]
     pieces = [Piece(prompt, "none")]
     for number, step in enumerate(steps):

@@ -17,6 +17,7 @@ from regrow.tasks.train.losses import loss_function
 from regrow.tasks.train.optimizers import (
     build_divided,
     divides_parameters,
+    drop_empty_groups,
     own_optimizer,
     projectors_onto_device,
 )
@@ -53,7 +54,9 @@ class Optimization(_Base):
                 self.args, model
             )
             self.optimizer = build_divided(model, self._spec, decayed, *chosen)
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        drop_empty_groups(optimizer)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

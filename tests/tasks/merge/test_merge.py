@@ -23,10 +23,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from regrow.tasks.merge import base as merge_base
+from regrow.tasks.merge import base_model as merge_base
 from regrow.tasks.merge import lazy, write
 from regrow.tasks.merge import run as merge
-from regrow.tasks.merge.base import open_base
+from regrow.tasks.merge.base_model import open_base
 from regrow.tasks.merge.fidelity import compare, probe_batch
 from regrow.tasks.merge.files import ShardWriter
 from regrow.tasks.merge.spec import MergePlacement, MergeSpec

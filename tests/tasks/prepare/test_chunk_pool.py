@@ -1,8 +1,11 @@
 """Work is bounded, comes back in order, and ends when a part of it fails."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +43,7 @@ def work(monkeypatch) -> Work:
     made = Work()
     monkeypatch.setattr(chunk_pool, "encode_chunk", made)
     monkeypatch.setattr(
-        chunk_pool, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number)
+        chunk_pool, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number)
     )
     return made
 
@@ -89,6 +92,35 @@ def test_one_failure_ends_all_and_is_the_one_that_is_told(work):
     assert time.monotonic() - begin < 10  # all of it takes 12 s and more
     with pytest.raises(Stopped):
         list(pool.encoded(tasks(1)))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
+def test_processes_end_when_their_parent_is_killed():
+    code = (
+        "import time\n"
+        "from regrow.tasks.prepare.chunk_pool import ChunkPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ChunkPool(1)._pool\n"
+        "    print(pool.submit(__import__('os').getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = Path("/proc") / parent.stdout.readline().strip()
+    assert child.is_dir()
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while _runs(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(process: Path) -> bool:
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False
 
 
 def test_a_lock_for_each_name():

@@ -243,3 +243,26 @@ def test_one_kind_in_a_recipe(bench):
     path = bench.write("a.jsonl", [{"prompt": "Say", "chosen": "a", "rejected": "b"}])
     with pytest.raises(StageError, match=r"a\.jsonl:1: it holds a pair"):
         bench.run(datasets=[dataset(path)], rl="kto")
+
+
+@pytest.mark.parametrize(("last", "kept"), [(False, [[1, 0]]), (True, [])])
+def test_a_limit_cuts_steps_with_their_labels(smollm2_bench, last, kept):
+    steps = {"completions": ["one", "two", "three"], "labels": [True, False, True]}
+    rows = [{"prompt": "Add", **steps}, {"prompt": "", "completions": ["one"], "labels": [True]}]
+    path = smollm2_bench.write("a.jsonl", rows)
+    data = dataset(path, "stepwise_supervised", train_on_last_step_only=last)
+    cut = smollm2_bench.run(
+        datasets=[{**data, "max_completion_length": 5}],
+        process_reward_model=True,
+        sample_packing=False,
+    )
+    packed = PackedRows(cut.out, "train")
+    found = sorted(packed[i].labels.tolist() for i in range(len(packed)))
+    assert found == sorted([[1], *kept])
+
+
+def test_framed_answers_are_one_message(bench):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = bench.write("a.jsonl", [{"prompt": "q", "chosen": talk, "rejected": talk}])
+    with pytest.raises(StageError, match="one message of the assistant, not of user, assistant"):
+        bench.run(datasets=[dataset(path, "chatml.prompt_pairs")], rl="dpo")

@@ -23,6 +23,7 @@ from regrow.tasks.prepare.masking import Masker, MaskRules
 from regrow.tasks.prepare.rendering import ChatTemplate
 from regrow.tasks.prepare.templates import TEMPLATES
 from regrow.tasks.prepare.tokenizer import SavedTokenizer, save_tokenizer
+from regrow.tasks.stage import StageError
 
 TRIM = ("llama3", "mistral", "gemma", "cohere", "vicuna")
 """Templates that strip answers."""
@@ -474,3 +475,10 @@ def sentencepiece_like(scheme: str) -> str:
     tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return tokenizer.to_str()
+
+
+def test_one_token_has_one_rule():
+    """Axolotl refuses it as well: the one rule would undo the other."""
+    conversation = turns(QUESTION, ("assistant", "a"))
+    with pytest.raises(StageError, match="train_on_eot: none, and train_on_eos: turn"):
+        trained_texts(TEMPLATES["chatml"], conversation, train_on_eot="none")

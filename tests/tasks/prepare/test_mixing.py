@@ -116,6 +116,11 @@ def test_nothing_but_leaked_examples_is_explained(plain):
         plain((texts(1, 2), {}), tests=[(texts(1, 2, 3), {})])
 
 
+def test_a_part_that_gets_no_examples_is_explained(plain):
+    with pytest.raises(StageError, match=r"dataset_shard_num: part 9 of 10 is empty: there are 3"):
+        plain((texts(1, 2, 3), {}), dataset_shard_num=10, dataset_shard_idx=9)
+
+
 def test_slices_are_read_one_after_the_other(plain):
     keys = {"split": "train[:2]+train[-10%:]+train[3:5]", "skip": 1}
     prepared = plain((texts(*range(20)), keys), shuffle_merged_datasets=False, sample_packing=False)

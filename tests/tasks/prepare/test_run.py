@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.prepare import readers, units
+from regrow.tasks.prepare.templates import TEMPLATES
 from regrow.tasks.stage import StageError
 
 
@@ -279,7 +280,9 @@ def test_too_long_examples(bench, strategy):
     words = "".join(pieces).count("word")
     if strategy == "drop":
         assert words == 0
-        assert any("1 examples dropped: they are too long" in line for line in prepared.report.lines)
+        assert any(
+            "1 examples dropped: they are too long" in line for line in prepared.report.lines
+        )
     elif strategy == "truncate":
         assert len(pieces) == 1
         assert 50 < words < 128
@@ -463,3 +466,71 @@ def test_no_source_file_is_read_when_all_units_exist(bench):
     stage_keys = {"datasets": [dataset], "sequence_len": 128}
     again = bench.run({"locations": {}}, **stage_keys)
     assert len(answers(again)) == 10
+
+
+def chat(path: str, **keys) -> dict:
+    return {"path": path, "type": "chat_template", **keys}
+
+
+REFUSING = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+
+
+def test_refused_rows_are_dropped_and_counted_only_when_asked(bench, monkeypatch):
+    """By the format and by the template, found among rows that are encoded at once."""
+    rows = dialogues(300)
+    refused = [{"messages": "?"}, chat_row("no", "a"), {"messages": [{"role": "user"}]}]
+    refused += [{"messages": [{}, {"role": "assistant"}]}, chat_row("no", "b")]
+    mixed = list(rows)
+    for place, row in zip((0, 7, 150, 151, 304), refused, strict=True):
+        mixed.insert(place, row)
+    keys = {
+        "chat_template": "jinja",
+        "chat_template_jinja": REFUSING + TEMPLATES["chatml"],
+        "val_set_size": 4,
+    }
+    clean = bench.run(datasets=[chat(bench.write("clean.jsonl", rows))], **keys)
+    path = bench.write("mixed.jsonl", mixed)
+    with pytest.raises(StageError, match=r"mixed\.jsonl:1: column 'messages' holds text"):
+        bench.run(datasets=[chat(path)], **keys)
+    dropped = bench.run(datasets=[chat(path)], on_bad_rows="drop", **keys)
+    assert dropped.result["dropped"]["refused"] == 5
+    assert sum(dropped.result["refused"].values()) == 5
+    assert [n for why, n in dropped.result["refused"].items() if "not that" in why] == [2]
+    assert sorted(unpacked(dropped) + unpacked(dropped, "validation")) == sorted(
+        unpacked(clean) + unpacked(clean, "validation")
+    )
+    told = [line for line in dropped.report.lines if "refuse" in line]
+    assert len(told) == 1 + len(dropped.result["refused"])
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 4096)
+    bench.units = type(bench.units)(bench.root / "other")
+    again = bench.run(
+        {"num_proc": 2, "pool_from_bytes": 0}, datasets=[chat(path)], on_bad_rows="drop", **keys
+    )
+    assert again.files() == dropped.files()
+    assert again.result == dropped.result
+    cached = bench.run(datasets=[chat(path)], on_bad_rows="drop", **keys)
+    assert cached.result == dropped.result
+    with pytest.raises(StageError, match=r"mixed\.jsonl:1:"):
+        bench.run(datasets=[chat(path)], **keys)
+
+
+def test_nothing_but_refused_rows_says_why(bench):
+    path = bench.write("a.jsonl", [{"messages": "?"}, {"messages": "!"}])
+    with pytest.raises(StageError, match="all 2 rows are refused: column 'messages' holds text"):
+        bench.run(datasets=[chat(path)], on_bad_rows="drop")
+
+
+def test_rows_nested_without_end_are_named(bench):
+    row = {"messages": chat_row("a", "b")["messages"], "x": None}
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    row["messages"][0]["deep"] = deep
+    with pytest.raises(StageError, match=r"a\.jsonl:2: its values are nested too deeply"):
+        bench.run(datasets=[chat(bench.write("a.jsonl", [*dialogues(1), row]))])
+
+
+def test_thinking_that_no_template_prints_is_warned_of(bench):
+    path = bench.write("a.jsonl", [chat_row("a", "<think>hm</think>b")])
+    told = bench.run(datasets=[chat(path, split_thinking=True)]).report.lines
+    assert any("split_thinking" in line and "left out" in line for line in told)

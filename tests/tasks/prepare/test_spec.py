@@ -109,3 +109,29 @@ def test_workers_start_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"split": "train[:]"},
+        {"split": "train[0:100%]"},
+        {"split": "train[0%:]"},
+        {"eval_sequence_len": 64},
+        {"eval_sample_packing": False},
+    ],
+)
+def test_what_means_the_same_has_the_same_key(bench, same):
+    dataset = {"path": bench.write("a.jsonl", [{"text": "x"}]), "type": "completion"}
+    datasets = [dataset | {name: same[name] for name in same if name == "split"}]
+    keys = {name: value for name, value in same.items() if name != "split"}
+    assert bench.stage(datasets=datasets, **keys).key == bench.stage(datasets=[dataset]).key
+    if keys:  # it decides how validation is done
+        held = {"datasets": datasets, "val_set_size": 0.5}
+        assert bench.stage(**held, **keys).key != bench.stage(**held).key
+
+
+def test_how_rows_are_filled_decides_nothing_where_none_are(bench):
+    dataset = {"path": bench.write("a.jsonl", [{"text": "x"}]), "type": "completion"}
+    keys = {"datasets": [dataset], "sample_packing": False}
+    assert bench.stage(**keys).key == bench.stage(**keys, sample_packing_sequentially=True).key

@@ -4,7 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import threading
 from collections import Counter
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import numpy as np
@@ -130,8 +133,9 @@ def test_the_rest_of_a_remote_file_is_not_fetched(bench, stream, monkeypatch):
 
     def counting(place, *args):
         opened = ends(place, *args)
-        inner = opened.read
-        monkeypatch.setattr(opened, "read", lambda n=-1: read.append(n) or inner(n), raising=False)
+        inner = opened.readinto
+        filled = lambda into: read.append(len(into)) or inner(into)  # noqa: E731
+        monkeypatch.setattr(opened, "readinto", filled, raising=False)
         return opened
 
     monkeypatch.setattr(pieces.store, "open_url", counting)
@@ -289,6 +293,67 @@ def test_a_remote_file_that_changed_is_refused(bench, monkeypatch):
     dataset = {"path": "memory://here/a.jsonl", "type": "completion"}
     with pytest.raises(StageError, match="has changed since the plan was made"):
         bench.run(datasets=[dataset], max_steps=1, **STREAM)
+
+
+def test_two_datasets_may_read_one_file_in_two_ways(bench, stream):
+    rows = [{**row, "other": f"o{i} more"} for i, row in enumerate(texts(900))]
+    path = bench.write("a.jsonl", rows)
+    words = found(stream({"path": path}, {"path": path, "field": "other"}, steps=20))
+    assert {word[0] for word in words} == {"n", "o"}
+
+
+def test_a_local_file_that_changed_is_refused(bench):
+    dataset = {"path": bench.write("a.jsonl", texts(50)), "type": "completion"}
+    planned = bench.stage(datasets=[dataset], max_steps=1, **STREAM)
+    bench.write("a.jsonl", texts(50, "z"))
+    bench.stage = lambda *_, **__: planned
+    with pytest.raises(StageError, match=r"changed since the plan was made \(its sha256"):
+        bench.run()
+    (bench.root / "a.jsonl").unlink()
+    with pytest.raises(StageError, match=r"a\.jsonl: cannot be read"):
+        bench.run()
+
+
+def test_a_dataset_without_rows_is_named_by_its_own_number(bench, stream):
+    full, empty = bench.write("a.jsonl", texts(9)), bench.write("b.jsonl", [])
+    with pytest.raises(StageError, match=r"^datasets\.1: there are no rows in .*b\.jsonl.*s\.1\.s"):
+        stream({"path": full}, {"path": empty})
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """One line at a time and no length: how services hand out what they make on the way."""
+
+    protocol_version = "HTTP/1.1"
+    content: bytes
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        packed = self.path.partition("?")[0].endswith(".gz")
+        content = gzip.compress(self.content) if packed else self.content
+        for line in [*content.splitlines(keepends=True), b""]:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl?token=1", "a.jsonl.gz?token=1"])
+def test_a_server_that_sends_line_by_line_is_read_to_the_end(bench, stream, name):
+    _Pages.content = lines(texts(400))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        prepared = stream({"path": f"http://127.0.0.1:{server.server_port}/{name}"}, steps=999)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert prepared.result["datasets"][0]["rows"] == 400
 
 
 def test_steps_and_batch_decide_how_much_and_so_the_key(bench):

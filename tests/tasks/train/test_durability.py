@@ -203,7 +203,7 @@ def test_an_early_end_without_its_checkpoint_is_an_error(make_job, use_store, mo
 def test_the_batch_of_a_loss_that_is_no_number_is_named_and_kept(make_job):
     spec = {"adapter": None, "learning_rate": 1e30, "max_grad_norm": 0.0}
     job = make_job("a", spec, {"logging_steps": 5})
-    with pytest.raises(StageError, match=r"loss is nan at step \d, in micro-batch \d of .* rows"):
+    with pytest.raises(StageError, match=r"loss is nan at step \d, in micro-batch \d .*rows"):
         train(job)
     kept = json.loads((job.work / "non-finite-rank-00000.json").read_text())
     assert kept["step"] < 5

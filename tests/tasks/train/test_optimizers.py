@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from regrow.configs.optimizers import PACKAGES
 from regrow.tasks.modeling import quantization
@@ -141,6 +142,22 @@ def test_arguments_reach_transformers_and_our_own():
     assert transformers_arguments(spec(adam_beta3=0.99))["optim_args"] == "beta3=0.99"
     assert transformers_arguments(spec(optimizer="ao_adamw_4bit"))["optim"] == "adamw_torch_4bit"
     assert optimizers.own_optimizer(spec(optimizer="adamw_torch")) is None
+
+
+@pytest.mark.parametrize("ratio", [None, 8.0], ids=["plain", "loraplus"])
+def test_no_group_of_parameters_is_empty(make_job, ratio):
+    """DeepSpeed drops empty ones; a checkpoint must fit the optimizers and schedules of both."""
+    groups, curves = [], []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args, optimizer, lr_scheduler, **kwargs):
+            groups.extend(len(group["params"]) for group in optimizer.param_groups)
+            curves.extend(lr_scheduler.state_dict()["lr_lambdas"])
+
+    train(make_job("a", {"loraplus_lr_ratio": ratio, "max_steps": 1}), [Look()])
+    assert groups
+    assert all(groups)
+    assert len(curves) == len(groups)
 
 
 def test_frozen_rows_do_not_move(make_job):
