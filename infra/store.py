@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
+from fsspec.utils import infer_compression
 
 # Transfers of one artifact at a time; object stores answer in tens of milliseconds and are
 # latency-bound, so a handful of streams fills a link without exhausting file descriptors.
@@ -78,7 +79,7 @@ def expand(pattern: str) -> list[str]:
 def open_url(url: str, mode: str = "rb") -> IO[Any]:
     """Open a file on any file system; a `.gz`, `.bz2` or `.xz` ending is decompressed."""
     path = url.split("?", 1)[0] if is_url(url) else url
-    opened = fsspec.open(url, mode, compression=fsspec.utils.infer_compression(path))
+    opened = fsspec.open(url, mode, compression=infer_compression(path))
     return cast(IO[Any], cast(fsspec.core.OpenFile, opened).open())
 
 

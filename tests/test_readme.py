@@ -41,7 +41,9 @@ def test_links_and_pictures_exist():
     assert [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
 
 
-FEATURES = re.findall(r"^\| (.+?) \| `(\w+: .+?|\{.+?\})` \| (yes|not yet) \|$", README, re.MULTILINE)
+FEATURES = re.findall(
+    r"^\| (.+?) \| `(\w+: .+?|\{.+?\})` \| (yes|not yet) \|$", README, re.MULTILINE
+)
 SMALL = {
     "base_model": "owner/model",
     "datasets": [{"path": "owner/data", "type": "alpaca"}],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from regrow.configs.optimizers import Optimizer
 from regrow.configs.sections.section import (

@@ -127,7 +127,7 @@ class _BadRows:
         self.dropped[reason_of(error)] += 1
 
 
-_OF_THE_ROW = re.compile(r"(?<=\w )\d+\b|, not (?:'.*'|\".*\")$|'.{40,}'", re.DOTALL)
+_OF_THE_ROW = re.compile(r"(?<=\w )\d+\b|, not (?:'.*'|\".*\")$|'[^']{40,}'", re.DOTALL)
 
 _LONGEST_REASON = 300
 

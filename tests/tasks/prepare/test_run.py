@@ -9,7 +9,9 @@ from tokenizers import Tokenizer
 
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.prepare import readers, units
+from regrow.tasks.prepare.example import RowError
 from regrow.tasks.prepare.templates import TEMPLATES
+from regrow.tasks.prepare.tokenize import reason_of
 from regrow.tasks.stage import StageError
 
 
@@ -512,6 +514,18 @@ def test_refused_rows_are_dropped_and_counted_only_when_asked(bench, monkeypatch
     assert cached.result == dropped.result
     with pytest.raises(StageError, match=r"mixed\.jsonl:1:"):
         bench.run(datasets=[chat(path)], **keys)
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("column 'a' must hold a list, not 'None'", "column 'a' must hold a list"),
+        ("message 31 has no text in 'content'", "message ... has no text in 'content'"),
+        (f"no column 'b'; the row has '{'x' * 50}'", "no column 'b'; the row has ..."),
+    ],
+)
+def test_a_reason_is_that_of_many_rows(told, reason):
+    assert reason_of(RowError(told)) == reason
 
 
 def test_nothing_but_refused_rows_says_why(bench):

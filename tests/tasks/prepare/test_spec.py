@@ -28,7 +28,6 @@ def key(bench):
         {"seed": 1},
         {"excess_length_strategy": "truncate"},
         {"min_sample_len": 3},
-        {"eval_sequence_len": 100},
         {"sample_packing_sequentially": True},
         {"shuffle_merged_datasets": False, "shuffle_before_merging_datasets": True},
         {"dataset_shard_num": 2},
