@@ -9,16 +9,19 @@ RECIPE := configs/recipes/quickstart.yaml
 # Everything runs without a model hub; unset this to use yours.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow check ui reference clean
+.PHONY: demo test slow extended check ui reference clean
 
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(BIN)/regrow run $(RECIPE)
 
 test: $(VENV)/tested $(MODEL)/config.json
-	$(BIN)/pytest -q -m "not gpu and not services and not slow"
+	$(BIN)/pytest -q -m "not gpu and not services and not slow and not extended"
 
 slow: $(VENV)/tested $(MODEL)/config.json
-	$(BIN)/pytest -q -m "(slow or services) and not gpu"
+	$(BIN)/pytest -q -m "(slow or services) and not gpu and not extended"
+
+extended: $(VENV)/tested $(MODEL)/config.json
+	$(BIN)/pytest -q -m "extended and not gpu"
 
 check: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import pytest
 
 from tests.flows.conftest import Place, kill_tree
 
-pytestmark = [pytest.mark.slow, pytest.mark.services]
+pytestmark = pytest.mark.extended
 
 PORT = 4300 + os.getpid() % 500
 

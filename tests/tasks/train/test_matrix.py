@@ -61,7 +61,7 @@ def test_it_trains_resumes_to_the_byte_and_merges(bench, name):
     check(bench.run(CASES[name]))
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("name", sorted(CASES.keys() - set(QUICK)))
 def test_all_others_do_so_too(bench, name):
     check(bench.run(CASES[name]))
