@@ -18,9 +18,9 @@ from regrow.tasks.train.spec import AdapterSpec
 from tests.tasks.train.ranks import rank_pids, run_ranks
 
 SEED = 20261122
-KILLS = 8
+KILLS = 2  # CI has no time for more; REGROW_TEST_KILLS says another number
 SPEC = {"max_steps": 60, "adapter": AdapterSpec(r=4, alpha=8, dropout=0.2, target_linear=True)}
-PLACEMENT = {"saving": Cadence(steps=3), "micro_batch_size": 1, "max_restarts": KILLS}
+PLACEMENT = {"saving": Cadence(steps=3), "micro_batch_size": 1, "max_restarts": 8}
 
 
 class Killer:

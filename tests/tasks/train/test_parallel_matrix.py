@@ -15,8 +15,6 @@ from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.worker import train
 from tests.tasks.train.ranks import losses, run_and_kill, run_ranks
 
-pytestmark = pytest.mark.slow
-
 DEEPSPEED = Path(__file__).parents[3] / "configs" / "deepspeed"
 FSDP = {"version": 2, "reshard_after_forward": True, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
@@ -34,8 +32,15 @@ WAYS = {
     "zero2": zero(2),
     "zero3": zero(3),
 }
+# CI has the time for one cell and one course through all ways; `make extended` runs the others.
 CELLS = [
-    pytest.param(way, kind, marks=[needs_deepspeed] if "zero" in way else [], id=f"{way}-{kind}")
+    pytest.param(
+        way,
+        kind,
+        marks=[pytest.mark.slow if (way, kind) == ("fsdp2", "full") else pytest.mark.extended]
+        + [needs_deepspeed] * way.startswith("zero"),
+        id=f"{way}-{kind}",
+    )
     for way in WAYS
     for kind in ("lora", "full")
 ]
@@ -93,7 +98,13 @@ def test_two_ranks_follow_one_and_lose_nothing_when_killed(job_of, way, kind, fi
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("lora", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.extended),
+    ],
+)
 def test_a_checkpoint_fits_every_other_way(job_of, kind):
     """FSDP2 on two ranks, then one rank, then ZeRO-3 on two, then DDP on two, then ZeRO-2."""
     alone = job_of("alone", kind)
@@ -110,6 +121,7 @@ def test_a_checkpoint_fits_every_other_way(job_of, kind):
     assert largest_difference(job, alone) < 1e-3
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_bfloat16_keeps_float32_weights_under_fsdp(make_job, kind):
     spec = SPEC | KINDS[kind] | {"dtype": "bfloat16"}
