@@ -129,10 +129,7 @@ class PrepareSpec:
         tests = _datasets(recipe, recipe.test_datasets, test_dataset_files, "test_datasets")
         val_set_size = 0.0 if tests else _val_set_size(recipe)
         packs = bool(recipe.sample_packing)
-        eval_sequence_len, packs_eval = recipe.sequence_len, packs
-        if tests or val_set_size:  # without validation how it would be done decides nothing
-            eval_sequence_len = recipe.eval_sequence_len or eval_sequence_len
-            packs_eval = packs if (its := recipe.eval_sample_packing) is None else its
+        eval_sequence_len, packs_eval = _validation_rows(recipe, bool(tests or val_set_size))
         return cls(
             datasets=datasets,
             test_datasets=tests,
@@ -254,6 +251,16 @@ def _one_kind(datasets: Sequence[DatasetSpec], tests: Sequence[DatasetSpec]) -> 
             "`type`, or make a recipe for each kind"
         )
     return next(iter(kinds.values()), "sft")
+
+
+def _validation_rows(recipe: Any, validates: bool) -> tuple[int, bool]:
+    """(tokens, packed) of validation rows; without validation how it would be done decides nothing,
+    and is as for training."""
+    length, packs = recipe.sequence_len, bool(recipe.sample_packing)
+    if not validates:
+        return length, packs
+    its = recipe.eval_sample_packing
+    return recipe.eval_sequence_len or length, packs if its is None else its
 
 
 def _val_set_size(recipe: Any) -> float:

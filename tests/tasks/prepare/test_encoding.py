@@ -1,3 +1,5 @@
+from collections import Counter
+
 """Sequences of every shape become the tokens that other trainers make of them, or a clear error."""
 
 import numpy as np
@@ -148,7 +150,7 @@ def encoded(encoder: Encoder, item: Item) -> _Encoded:
 
 
 def digest(encoder: Encoder, *items: Item) -> list[int]:
-    return _block([encoded(encoder, item) for item in items]).digests.tolist()
+    return _block([encoded(encoder, item) for item in items], Counter()).digests.tolist()
 
 
 A, B = TokenIds((5, 6, 7), (0, 1, 1)), TokenIds((8, 9), (0, 1))
@@ -156,7 +158,7 @@ A, B = TokenIds((5, 6, 7), (0, 1, 1)), TokenIds((8, 9), (0, 1))
 
 def test_a_block_holds_items_one_after_the_other(encoder):
     pair, single = Item((A, B), (1, 0), '{"a": 1}'), Item((B,))
-    block: Block = _block([encoded(encoder(), pair), encoded(encoder(), single)])
+    block: Block = _block([encoded(encoder(), pair), encoded(encoder(), single)], Counter())
     assert block.input_ids.tolist() == [5, 6, 7, 8, 9, 8, 9]
     assert block.loss_mask.tolist() == [0, 1, 1, 0, 1, 0, 1]
     assert block.seq_lens.tolist() == [3, 2, 2]
@@ -166,7 +168,7 @@ def test_a_block_holds_items_one_after_the_other(encoder):
     assert block.extra == ['{"a": 1}', None]
     assert block.supervised.tolist() == [3, 1]
     assert len(block) == 2
-    assert len(_block([])) == 0
+    assert len(_block([], Counter())) == 0
 
 
 def test_digests_tell_all_apart(encoder):
