@@ -128,7 +128,6 @@ class PrepareSpec:
         datasets = _datasets(recipe, recipe.datasets, dataset_files, "datasets")
         tests = _datasets(recipe, recipe.test_datasets, test_dataset_files, "test_datasets")
         val_set_size = 0.0 if tests else _val_set_size(recipe)
-        packs = bool(recipe.sample_packing)
         eval_sequence_len, packs_eval = _validation_rows(recipe, bool(tests or val_set_size))
         return cls(
             datasets=datasets,
@@ -141,9 +140,9 @@ class PrepareSpec:
             tokens=tuple(recipe.tokens or ()),
             sequence_len=recipe.sequence_len,
             eval_sequence_len=eval_sequence_len,
-            sample_packing=packs,
+            sample_packing=bool(recipe.sample_packing),
             eval_sample_packing=packs_eval,
-            packs_in_order=recipe.sample_packing_sequentially and (packs or packs_eval),
+            packs_in_order=_packs_in_order(recipe, packs_eval),
             excess_length_strategy=recipe.excess_length_strategy,
             min_sample_len=recipe.min_sample_len or 0,
             val_set_size=val_set_size,
@@ -251,6 +250,11 @@ def _one_kind(datasets: Sequence[DatasetSpec], tests: Sequence[DatasetSpec]) -> 
             "`type`, or make a recipe for each kind"
         )
     return next(iter(kinds.values()), "sft")
+
+
+def _packs_in_order(recipe: Any, packs_eval: bool) -> bool:
+    packs = bool(recipe.sample_packing) or packs_eval
+    return bool(recipe.sample_packing_sequentially) and packs
 
 
 def _validation_rows(recipe: Any, validates: bool) -> tuple[int, bool]:

@@ -1,6 +1,6 @@
-from collections import Counter
-
 """Sequences of every shape become the tokens that other trainers make of them, or a clear error."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
