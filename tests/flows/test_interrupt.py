@@ -22,7 +22,7 @@ def processes_of(place) -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("how", ["ctrl-c", "terminate"])
 @pytest.mark.parametrize("moment", ["[prepare] starts", "checkpoint of step 2 is safe"])
 def test_interrupted_run_leaves_nothing_behind_and_goes_on(place, how, moment):
