@@ -12,8 +12,7 @@ from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import Record
 from regrow.infra.settings import load_settings
 from regrow.tasks import lineage
-from regrow.tasks.headline import headline
-from regrow.tasks.stage import StageError
+from regrow.tasks.headline import headline_of
 
 
 @explains
@@ -28,10 +27,7 @@ def show_diff(one: str, other: str) -> int:
 
 def _history(place: Workplace, key: str) -> dict[str, Record]:
     """{stage title: record} of an artifact and all that it was made from."""
-    record = place.record(key)
-    if record is None:
-        raise StageError(f"there is no one artifact {key!r} in {place.store_url}")
-    nodes = lineage.graph(record, place.artifacts.lookup)
+    nodes = lineage.graph(place.one_record(key), place.artifacts.lookup)
     return {node.title: node.record for node in nodes if node.record is not None}
 
 
@@ -56,7 +52,7 @@ def _stage(title: str, a: Record, b: Record) -> Iterator[str]:
     if not found and not changed:
         yield "  the stage's own version"
     yield from (f"  {line}" for line in _versions(a.provenance, b.provenance))
-    results = [_figure(a), _figure(b)]
+    results = [headline_of(a), headline_of(b)]
     if results[0] != results[1]:
         yield f"  result: {results[0]} -> {results[1]}"
 
@@ -65,13 +61,6 @@ def _versions(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Differences between machines and packages; they decide no key but may explain a figure."""
     names = ("packages", "gpus", "platform", "python")
     return differences({n: a.get(n) for n in names}, {n: b.get(n) for n in names})
-
-
-def _figure(record: Record) -> str:
-    try:
-        return headline(record.stage, record.result)
-    except (KeyError, TypeError, AttributeError):
-        return ""  # a record of another version, whose result has another form
 
 
 def _short(record: Record) -> str:

@@ -29,9 +29,7 @@ def reproduce(artifact: str, keep: bool) -> int:
     """
     quiet_environment()
     place = Workplace(load_settings())
-    record = place.record(artifact)
-    if record is None:
-        raise StageError(f"there is no one artifact {artifact!r} in {place.store_url}")
+    record = place.one_record(artifact)
     if record.stage == "publish":
         raise StageError(
             f"{artifact}: publishing delivers a model, it makes none. Reproduce the model: "

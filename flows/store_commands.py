@@ -13,10 +13,11 @@ from regrow.infra.artifacts import ArtifactDamaged
 from regrow.infra.housekeeping import Holding, Pins, holdings, reached, unneeded
 from regrow.infra.lease import Lease
 from regrow.infra.settings import load_settings
-from regrow.tasks.headline import headline
+from regrow.tasks.headline import headline_of
 from regrow.tasks.stage import StageError
 
 _SHORT = 12  # characters of a key in tables
+_HEAD = ["artifact", "stage", "made (UTC)", "size", "pin", "what"]
 
 
 @explains
@@ -31,10 +32,9 @@ def _ls(args: argparse.Namespace, place: Workplace) -> int:
     pins = {key: name for name, key in Pins(place.artifacts).names().items()}
     families = ("stages", "units", "checkpoints") if args.all else ("stages",)
     found = list(holdings(place.artifacts, families))
-    rows = [["artifact", "stage", "made (UTC)", "size", "pin", "what"]]
-    rows += [_row(holding, pins.get(holding.key, "")) for holding in found]
+    rows = [_row(holding, pins.get(holding.key, "")) for holding in found]
     say(f"store    {place.store_url}\n")
-    say(show.table(rows))
+    say(show.table([_HEAD, *rows]))
     say(f"\n{len(found)} artifacts, {_size(sum(h.size for h in found))}")
     return 0
 
@@ -45,16 +45,8 @@ def _row(holding: Holding, pin: str) -> list[str]:
         why = holding.damage or "unfinished"
         return [_short(holding.key), "", "", _size(holding.size), pin, why]
     made = record.created[:16].replace("T", " ")
-    what = _figure(holding)
+    what = headline_of(record)
     return [_short(holding.key), record.stage, made, _size(holding.size), pin, what]
-
-
-def _figure(holding: Holding) -> str:
-    assert holding.record is not None
-    try:
-        return headline(holding.record.stage, holding.record.result)
-    except (KeyError, TypeError, AttributeError):
-        return ""  # units and checkpoints have no headline; nor has a record of another version
 
 
 def _verify(args: argparse.Namespace, place: Workplace) -> int:
@@ -84,8 +76,7 @@ def _gc(args: argparse.Namespace, place: Workplace) -> int:
     kept = len(reached(place.artifacts, list(pins.values())))
     if not pins:
         say("Nothing is pinned: see `regrow store pin`.")
-    rows = [["artifact", "stage", "made (UTC)", "size", "pin", "what"]]
-    say(show.table(rows + [_row(holding, "") for holding in found]))
+    say(show.table([_HEAD, *(_row(holding, "") for holding in found)]))
     total = _size(sum(h.size for h in found))
     if not args.delete:
         say(f"\n{len(found)} artifacts, {total}, could go; {kept} are reached from pins.")
@@ -98,9 +89,7 @@ def _gc(args: argparse.Namespace, place: Workplace) -> int:
 
 
 def _pin(args: argparse.Namespace, place: Workplace) -> int:
-    record = place.record(args.artifact)
-    if record is None:
-        raise StageError(f"there is no one artifact {args.artifact!r} in {place.store_url}")
+    record = place.one_record(args.artifact)
     name = args.name or _short(record.key)
     if "/" in name or not name.strip():
         raise StageError(f"--name: {name!r} cannot be a file's name; use letters, digits, - and _")

@@ -12,7 +12,7 @@ from regrow.infra.settings import Settings
 from regrow.infra.store import Store
 from regrow.tasks.build import Builder
 from regrow.tasks.publish.delivery import why_undelivered
-from regrow.tasks.stage import Stage
+from regrow.tasks.stage import Stage, StageError
 
 
 class Workplace:
@@ -73,6 +73,13 @@ class Workplace:
         """The one stage record whose key begins with `prefix`, or None."""
         names = [n for n in self.artifacts.store.folders("stages") if n.startswith(prefix)]
         return self.artifacts.lookup(f"stages/{names[0]}") if len(names) == 1 else None
+
+    def one_record(self, prefix: str) -> Record:
+        """The same; raises StageError where there is none, or more than one."""
+        record = self.record(prefix)
+        if record is None:
+            raise StageError(f"there is no one artifact {prefix!r} in {self.store_url}")
+        return record
 
 
 def _still_valid(stage: Stage, record: Record) -> str | None:

@@ -50,7 +50,7 @@ class Pins:
 
     def names(self) -> dict[str, str]:
         """{name: key}."""
-        files = sorted(n for n in _names_below(self._store, "pins") if n.endswith(".json"))
+        files = sorted(n for n in self._store.sizes("pins") if n.endswith(".json"))
         return {
             name.removesuffix(".json"): json.loads(self._store.read_bytes(f"pins/{name}"))["key"]
             for name in files
@@ -66,13 +66,6 @@ class Pins:
         if there:
             self._store.remove(f"pins/{name}.json")
         return there
-
-
-def _names_below(store: object, prefix: str) -> list[str]:
-    try:
-        return list(store.sizes(prefix))  # type: ignore[attr-defined]
-    except FileNotFoundError:
-        return []
 
 
 def reached(artifacts: ArtifactStore, keys: Sequence[str]) -> set[str]:

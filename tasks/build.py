@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +169,10 @@ class Builder:
         report: Reporter,
         tracking: Callable[[], Mapping[str, str] | None],
     ) -> Record:
-        inputs, results = self._open_inputs(stage, report)
         work = self._fresh_work_directory(stage)
         try:
-            job = StageJob(
-                stage=stage,
-                inputs=inputs,
-                input_results=results,
-                out=_new_directory(work / "out"),
-                scratch=_new_directory(work / "scratch"),
-                logs=self._home / "logs",
-                report=report,
-                units=Units(self.artifacts, work / "units", report),
-                checkpoints=self.artifacts.store.url,
-                tracking=tracking(),
-            )
-            result = stage.function()(job)
+            job = self._job(stage, work, work / "out", self.artifacts, report)
+            result = stage.function()(replace(job, tracking=tracking()))
             lease.check()
             record = self.artifacts.publish(
                 stage_key(stage),
@@ -205,6 +193,24 @@ class Builder:
         self.artifacts.store.remove(checkpoint_prefix(stage))
         return record
 
+    def _job(
+        self, stage: Stage, work: Path, out: Path, parts: ArtifactStore, report: Reporter
+    ) -> StageJob:
+        """What the stage's function gets; `parts` is where its units and checkpoints are."""
+        inputs, results = self._open_inputs(stage, report)
+        return StageJob(
+            stage=stage,
+            inputs=inputs,
+            input_results=results,
+            out=_new_directory(out),
+            scratch=_new_directory(work / "scratch"),
+            logs=self._home / "logs",
+            report=report,
+            units=Units(parts, work / "units", report),
+            checkpoints=parts.store.url,
+            tracking=None,
+        )
+
     def _provenance(self, stage: Stage) -> dict[str, Any]:
         placement = {"placement": canonical(stage.placement)}
         return provenance.collect() | placement | dict(self._notes)
@@ -216,23 +222,11 @@ class Builder:
         Raises:
             StageError: for a fault the user can mend. Whatever the runner raises is passed on.
         """
-        inputs, results = self._open_inputs(stage, report)
         work = self._fresh_work_directory(stage)
         apart = ArtifactStore(Store(work / "store"), work / "cache")
         try:
-            job = StageJob(
-                stage=stage,
-                inputs=inputs,
-                input_results=results,
-                out=_new_directory(out),
-                scratch=_new_directory(work / "scratch"),
-                logs=self._home / "logs",
-                report=report,
-                units=Units(apart, work / "units", report),
-                checkpoints=None,
-                tracking=None,
-            )
-            stage.function()(job)
+            job = self._job(stage, work, out, apart, report)
+            stage.function()(replace(job, checkpoints=None))
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

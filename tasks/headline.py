@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from regrow.infra.artifacts import Record
+
 
 def headline(stage: str, result: Mapping[str, Any]) -> str:
     """A few words from a stage's result, for the table at the end of a run."""
     write = _HEADLINES.get(stage)
     return write(result) if write else ""
+
+
+def headline_of(record: Record) -> str:
+    """The same of an artifact's record; empty where its result has another form, as that of a unit
+    or of another version of the stage."""
+    try:
+        return headline(record.stage, record.result)
+    except (KeyError, TypeError, AttributeError):
+        return ""
 
 
 def _prepare(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from regrow.infra.artifacts import Record
 from regrow.infra.secrets import mask_secrets
-from regrow.tasks.headline import headline
+from regrow.tasks.headline import headline_of
 from regrow.tasks.lineage_drawing import Box, svg
 
 Lookup = Callable[[str], Record | None]
@@ -67,7 +67,7 @@ def _visit(record: Record, role: str, lookup: Lookup, nodes: dict[str, Node]) ->
         inputs.append(source.id)
     key = record.key.rpartition("/")[2]
     title = f"{record.stage}/{role}"
-    nodes[record.key] = Node(record.key, title, key, _figure(record), tuple(inputs), record)
+    nodes[record.key] = Node(record.key, title, key, headline_of(record), tuple(inputs), record)
 
 
 def _beside(place: str, key: str) -> str:
@@ -85,13 +85,6 @@ def _with_distinct_titles(nodes: list[Node]) -> list[Node]:
         twice = node.record is not None and stages.count(stage) > 1 and role != stage
         named.append(replace(node, title=f"{stage} ({role})" if twice else stage))
     return named
-
-
-def _figure(record: Record) -> str:
-    try:
-        return headline(record.stage, record.result)
-    except (KeyError, TypeError, AttributeError):
-        return ""  # a record of another version, whose result has another form
 
 
 def _sources(record: Record) -> Iterator[Node]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from regrow.tasks.prepare import messages as forms
 from regrow.tasks.prepare.example import Conversation, RowError, no_such_column
+from regrow.tasks.prepare.formats.wording import trains_on_inputs
 from regrow.tasks.prepare.messages import Message
 from regrow.tasks.prepare.templates import template_text
 
@@ -60,7 +61,6 @@ class Options:
     @classmethod
     def from_recipe(cls, dataset: Any, recipe: Any) -> Options:
         """The options that a recipe's dataset and its top level give."""
-        whole = dataset.train_on_inputs
         roles = _roles(dataset.roles)
         known = _ROLES if roles is None else roles
         return cls(
@@ -70,7 +70,7 @@ class Options:
             properties=_PLAIN | dict(dataset.message_property_mappings or {}),
             roles=roles,
             roles_to_train=tuple(sorted({known.get(r) or r for r in dataset.roles_to_train})),
-            train_on_inputs=bool(recipe.train_on_inputs if whole is None else whole),
+            train_on_inputs=trains_on_inputs(dataset, recipe),
             training=dataset.message_field_training,
             training_detail=dataset.message_field_training_detail,
             thinking=dataset.template_thinking_key,

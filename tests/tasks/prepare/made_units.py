@@ -6,21 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from regrow.tasks.prepare.unit_files import SCHEMA
 from regrow.tasks.prepare.units import Unit
-
-SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.uint8())),
-        ("seq_lens", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.uint8())),
-        ("extra", pa.string()),
-        ("supervised", pa.int32()),
-        ("prompt_len", pa.int32()),
-        ("digest", pa.uint64()),
-    ]
-)
-"""The columns of a unit, as tasks/prepare/units.py writes them."""
 
 
 def write_unit(path: Path, items: list[dict], block_items: int = 7) -> Unit:
