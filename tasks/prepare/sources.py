@@ -56,6 +56,7 @@ def resolve(
         HubError: when it is a hub name and the hub cannot be reached.
     """
     if path in FILE_TYPES and data_files and not Path(path).exists():
+        _check_split_of_files(split, key)
         return matching(data_files, "", f"{key}.data_files")
     if not store.is_url(path):
         path = str(Path(path).expanduser())
@@ -63,14 +64,24 @@ def resolve(
             place = hub.pin(path, revision, "dataset", f"{key}.path")
             wanted = (place, data_files, name, split, key)
             path = _hub_url(place) if streaming else _download(*wanted)
+    named = bool(data_files) or _is_pattern(path) or ending(path) in KIND_OF_ENDING
+    found = [] if named else store.expand(path)
+    if not named and found not in ([path], [str(Path(path).absolute())]):
+        return files_of_split(path, ds_type, split, name, key)
+    _check_split_of_files(split, key)
     if data_files:
         return matching(data_files, path, f"{key}.data_files")
-    if _is_pattern(path) or ending(path) in KIND_OF_ENDING:
-        return matching([path], "", f"{key}.path")
-    found = store.expand(path)
-    if found == [path] or found == [str(Path(path).absolute())]:
-        return found
-    return files_of_split(path, ds_type, split, name, key)
+    return found or matching([path], "", f"{key}.path")
+
+
+def _check_split_of_files(split: str, key: str) -> None:
+    """Files that the recipe names itself are one split, which `datasets` too calls train."""
+    if split != "train":
+        raise StageError(
+            f"{key}.split: {split!r} does not choose among files that the recipe names itself. "
+            "Leave `split` out or write train (rows: train[:10%]), or give the folder or hub "
+            "dataset in which the split is"
+        )
 
 
 def identified(

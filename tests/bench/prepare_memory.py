@@ -49,7 +49,7 @@ def main() -> None:
 def _watched(options) -> dict[str, float]:
     watch = _Watch()
     watch.start()
-    result = speed.run_regrow(options)
+    result, _ = speed.build_regrow(options)
     watch.stop.set()
     watch.join()
     return {**watch.peaks(), "seconds": result["seconds"], "tokens": result["tokens"]}

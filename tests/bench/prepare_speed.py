@@ -162,7 +162,14 @@ def _rows_path(options: argparse.Namespace) -> Path:
 
 
 def run_regrow(options: argparse.Namespace) -> dict[str, Any]:
-    """The prepare stage of a recipe, built into an empty store."""
+    """The prepare stage of a recipe, and which sequences it made."""
+    result, made = build_regrow(options)
+    _keep(options, "regrow", Counter(_digests_of_artifact(made)))
+    return result
+
+
+def build_regrow(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """The prepare stage of a recipe, built into an empty store: figures, directory."""
     from regrow.configs.load import parse_recipe
     from regrow.infra.artifacts import ArtifactStore
     from regrow.infra.digests import DigestMemo
@@ -187,11 +194,9 @@ def run_regrow(options: argparse.Namespace) -> dict[str, Any]:
     clock = _Clock()
     outcome = Builder(artifacts, home, 30).build(stage, _Silent())
     taken = clock()
-    found = artifacts.fetch(outcome.record)
     split = outcome.record.result["splits"]["train"]
-    digests = Counter(_digests_of_artifact(found))
-    _keep(options, "regrow", digests)
-    return {**taken, "tokens": split["tokens"], "fill": split["fill"]}
+    figures = {**taken, "tokens": split["tokens"], "fill": split["fill"]}
+    return figures, artifacts.fetch(outcome.record)
 
 
 class _Silent:

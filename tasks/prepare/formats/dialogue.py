@@ -105,6 +105,10 @@ def sequence(
         return answered(prompt, answer)
     messages, answers = as_messages(prompt, "user"), as_messages(answer, "assistant")
     if source.frame is None:
+        if answers[-1]["role"] != "assistant":
+            raise RowError(
+                f"an answer must end with a message of the assistant, not of {answers[-1]['role']}"
+            )
         return Exchange(messages, answers, tools, source.closed)
     if [message["role"] for message in answers] != ["assistant"]:
         roles = ", ".join(message["role"] for message in answers)

@@ -48,7 +48,7 @@ def read(row: Mapping[str, Any], options: Options) -> Item:
     """The prompt, with the beginning of an answer where it is messages; the other columns as JSON.
 
     Raises:
-        RowError: when there is no prompt.
+        RowError: when there is no prompt, or its last word is the model's already.
     """
     row = rewritten(row, options.own)
     names = (options.prompt,) if options.prompt else ("prompt", "messages", "conversations")
@@ -61,6 +61,11 @@ def read(row: Mapping[str, Any], options: Options) -> Item:
     if isinstance(prompt, str):
         source = Pieces((Piece(prompt, "none"),), eos=False)
     else:
+        if prompt[-1]["role"] == "assistant":
+            raise RowError(
+                f"column {name!r} ends with a message of the assistant, and the model shall write "
+                "it. Leave it out, or use a `type` for answers"
+            )
         chat = options.chat
         used |= {chat.system, chat.tools}
         system = system_text(row, chat.system, chat.default_system_message)

@@ -266,3 +266,26 @@ def test_framed_answers_are_one_message(bench):
     path = bench.write("a.jsonl", [{"prompt": "q", "chosen": talk, "rejected": talk}])
     with pytest.raises(StageError, match="one message of the assistant, not of user, assistant"):
         bench.run(datasets=[dataset(path, "chatml.prompt_pairs")], rl="dpo")
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "message"),
+    [
+        ("grpo", {"prompt": [("user", "q"), ("assistant", "a")]}, "ends with a message of the ass"),
+        (
+            "kto",
+            {"messages": [("user", "q"), ("user", "a")], "label": True},
+            "must end with a mess",
+        ),
+        ("kto", {"prompt": "q", "completion": [("user", "a")], "label": True}, "must end with a m"),
+    ],
+)
+def test_the_model_writes_the_answer_and_nobody_else(bench, method, row, message):
+    """Not the data of a prompt, and not the user of an answer."""
+    listed = {
+        name: [{"role": role, "content": text} for role, text in its] if type(its) is list else its
+        for name, its in row.items()
+    }
+    path = bench.write("a.jsonl", [listed])
+    with pytest.raises(StageError, match=message):
+        bench.run(datasets=[dataset(path)], rl=method)

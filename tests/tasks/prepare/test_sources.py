@@ -64,6 +64,14 @@ def test_split_chooses_among_files_named_after_splits(folder, split, expected):
     assert names(root, resolve(str(root), split=split)) == expected
 
 
+def test_a_split_does_not_choose_among_files_named_one_by_one(folder):
+    root = folder("a.jsonl", "b.jsonl")
+    asked = ((f"{root}/a.jsonl", ()), (f"{root}/*.jsonl", ()), (str(root), ("a.jsonl",)))
+    for path, data_files in (*asked, ("json", (f"{root}/a.jsonl",))):
+        with pytest.raises(StageError, match=r"datasets\.0\.split: .test. does not choose"):
+            resolve(path, data_files, split="test")
+
+
 def test_test_files_are_never_trained_on(folder):
     root = folder("gsm8k_train.jsonl", "gsm8k_test.jsonl", "more.jsonl")
     assert names(root, resolve(str(root))) == ["gsm8k_train.jsonl"]
