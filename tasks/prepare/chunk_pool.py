@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +39,20 @@ def _watch_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _interrupts_are_ours() -> Iterator[None]:
+    """Processes started inside do not hear Ctrl-C, which a terminal sends to all of a group.
+
+    They would die of it with a traceback each, in the middle of their imports even. The signal mask
+    is inherited from the first instruction on, and any thread may set its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ChunkPool:
@@ -81,7 +97,8 @@ class ChunkPool:
         try:
             if self.stop.is_set():
                 raise Stopped
-            return self._pool.submit(encode_chunk, task)
+            with _interrupts_are_ours():
+                return self._pool.submit(encode_chunk, task)
         except BaseException:
             self._free.release()
             raise

@@ -36,7 +36,9 @@ _WALKING = (
     *("batch", "dictsort", "groupby", "items", "join", "list", "map", "max", "min", "reject"),
     *("rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique"),
 )
-_LONG_NUMBER = re.compile(r"\d{6}|\*")
+# Widths and precisions that formatting asks for; `*` and `{...{` take them from the arguments.
+_PERCENT = re.compile(r"%(?:\(\w*\))?[-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
+_BRACES = re.compile(r"\{[^{}]*:[^{}]*?(\d+|\{)[^{}\d]*(\d+|\{)?")
 
 
 class LimitError(jinja2.TemplateError):
@@ -74,8 +76,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise LimitError("a product is too large")
         if operator == "**" and max(abs(left), abs(right)) > _MAX_POWER:
             raise LimitError("a power is too large")
-        if operator == "%" and isinstance(left, str) and _LONG_NUMBER.search(left):
-            raise LimitError("a text is made too wide")
+        if operator == "%" and isinstance(left, str):
+            _refuse_widths(_PERCENT, left)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,8 +85,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._step(_CALL_STEPS)
         if args or kwargs:
             _refuse_wide(*args, *kwargs.values())
-        if getattr(called, "__name__", "") in ("join", "replace"):
+        name = getattr(called, "__name__", "")
+        if name in ("join", "replace"):
             _refuse_growth(called.__self__, *args)
+        if name in ("format", "format_map"):  # of a text, as Jinja's sandbox wraps it
+            _refuse_widths(_BRACES, called.__wrapped__.__self__)
         result = super().call(context, called, *args, **kwargs)
         if isinstance(result, range):
             self._step(len(result))
@@ -112,8 +117,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _refuse_wide(*args, *kwargs.values())
             if name in _WALKING:
                 self._step(max((len(a) for a in args if hasattr(a, "__len__")), default=0))
-            if name == "format" and _LONG_NUMBER.search(str(args[0])):
-                raise LimitError("a text is made too wide")
+            if name == "format":
+                _refuse_widths(_PERCENT, str(args[0]))
             if name in ("join", "replace"):
                 # The first is what Jinja passes for itself: its environment or context.
                 _refuse_growth(*args[1:])
@@ -178,6 +183,15 @@ def _refuse_wide(*values: Any) -> None:
             raise LimitError(f"a number it calls something with is larger than {MAX_STEPS}")
         if isinstance(value, str) and len(value) > MAX_SIZE:
             raise LimitError(f"a value is larger than {MAX_SIZE}")
+
+
+def _refuse_widths(asked: re.Pattern[str], text: str) -> None:
+    """Refuses a text with format fields that would become too large together."""
+    widths = [width for pair in asked.findall(text) for width in pair if width]
+    if any(not width.isdigit() or len(width) > 8 for width in widths):
+        raise LimitError("a text is made too wide")
+    if sum(map(int, widths)) > MAX_SIZE:
+        raise LimitError("a text is made too wide")
 
 
 def _refuse_growth(*texts: Any) -> None:

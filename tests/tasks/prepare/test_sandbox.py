@@ -1,5 +1,6 @@
 """A hostile template ends with an error, soon, and keeps its hands off everything."""
 
+import resource
 import time
 
 import pytest
@@ -26,6 +27,12 @@ HOSTILE = {
     "wide format": "{{ '%9999999999d' % 3 }}",
     "wide format filter": "{{ '%9999999999d' | format(3) }}",
     "wide brace format": "{{ '{:>9999999999}'.format('a') }}",
+    "width in an argument": "{{ '{:>{}}'.format('a', '9999999999') }}",
+    "exact brace format": "{{ '{:.9999999999f}'.format(1.5) }}",
+    "wide in a map": "{{ '{x:>9999999999}'.format_map({'x': 'a'}) }}",
+    "many brace fields": "{{ ('{0:>99999}' * 100000).format('a') }}",
+    "many fields": "{{ ('%(x)99999d' * 100000) % {'x': 3} }}",
+    "width of an argument": "{{ '%*d' % (999999999, 3) }}",
     "wide JSON": "{{ range(100000) | list | tojson(indent=100000000) }}",
     "long join": "{{ ''.join(['a' * 1000000] * 10000) }}",
     "long replacement": "{{ ('a' * 10000000).replace('a', 'a' * 10000000) }}",
@@ -37,10 +44,13 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template_ends_with_an_error(name):
     template = ChatTemplate(HOSTILE[name], {})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
     with pytest.raises(RowError, match="refuses this conversation"):
         template.render(DIALOGUE)
     assert time.process_time() - begin < 10
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500_000, "kilobytes of memory"
 
 
 def test_limits_leave_long_dialogues_alone():
