@@ -14,8 +14,9 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(BIN)/regrow run $(RECIPE)
 
+# One thread for each of the two processes: tiny models gain nothing from more, and would fight.
 test: $(VENV)/tested $(MODEL)/config.json
-	$(BIN)/pytest -q -m "not gpu and not services and not slow and not extended"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile -m "not gpu and not services and not slow and not extended"
 
 slow: $(VENV)/tested $(MODEL)/config.json
 	$(BIN)/pytest -q -m "(slow or services) and not gpu and not extended"

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from regrow.configs.draft import Draft
-from regrow.configs.faults import Path
+from regrow.configs.facts import Facts
+from regrow.configs.faults import Notice, Path
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.all_rules import ALL_RULES
+from regrow.configs.rules.facts import FACT_RULES
 from regrow.configs.vocabulary import WORDS
 
 _STAND_INS: dict[str, Any] = {
@@ -58,6 +60,19 @@ def check_rules(recipe: Recipe, given: frozenset[str], draft: Draft) -> None:
         if at_fault.isdisjoint(rule.reads):
             for path, why, remedy in rule.check(recipe, given):
                 draft.fault(path, why, remedy)
+
+
+def check_facts(recipe: Recipe, facts: Facts, draft: Draft) -> None:
+    """Add what the rules between the recipe and `facts` find."""
+    at_fault = {fault.key for fault in draft.faults}
+    for rule in FACT_RULES:
+        if not at_fault.isdisjoint(rule.reads):
+            continue
+        for found in rule.check(recipe, facts):
+            if isinstance(found, Notice):
+                draft.notices.append(found)
+            else:
+                draft.fault(*found)
 
 
 def _report(draft: Draft, error: ValidationError) -> set[Path]:

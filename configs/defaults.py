@@ -11,6 +11,8 @@ from regrow.configs.faults import Notice
 from regrow.configs.optimizers import LOW_RANK, PACKAGES
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.adapter import AdapterSection
+from regrow.configs.sections.reporting import PACKAGES as PACKAGES_OF_REPORTERS
+from regrow.configs.unread import reads_conversations, unread
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ Default = Callable[[Recipe, frozenset[str]], Iterator[Set | Notice]]
 
 def fill_in(recipe: Recipe, given: frozenset[str], draft: Draft) -> Recipe:
     """`recipe` with everything filled in that follows from the rest; notices go to the draft."""
+    as_given = recipe
     for default in _DEFAULTS:
         for step in default(recipe, given):
             if isinstance(step, Notice):
@@ -35,6 +38,7 @@ def fill_in(recipe: Recipe, given: frozenset[str], draft: Draft) -> Recipe:
             recipe = recipe.model_copy(update={step.key: step.value})
             if step.why:
                 draft.notices.append(Notice("set", (step.key,), step.why, step.value))
+    draft.notices += unread(as_given, recipe, given)
     return recipe
 
 
@@ -42,6 +46,8 @@ def accumulation_follows_batch_size(
     recipe: Recipe, given: frozenset[str]
 ) -> Iterator[Set | Notice]:
     """Axolotl: gradient_accumulation_steps = batch_size // micro_batch_size."""
+    if recipe.micro_batch_size == "auto":
+        return
     if recipe.batch_size and "gradient_accumulation_steps" not in given:
         steps = max(1, recipe.batch_size // recipe.micro_batch_size)
         why = f"batch_size {recipe.batch_size} / micro_batch_size {recipe.micro_batch_size}"
@@ -66,7 +72,7 @@ def eval_batch_size_follows_micro_batch_size(
     recipe: Recipe, given: frozenset[str]
 ) -> Iterator[Set | Notice]:
     """Axolotl's default."""
-    if recipe.eval_batch_size is None:
+    if recipe.eval_batch_size is None and recipe.micro_batch_size != "auto":
         yield Set("eval_batch_size", recipe.micro_batch_size)
 
 
@@ -84,6 +90,8 @@ def datasets_follow_the_recipe(recipe: Recipe, given: frozenset[str]) -> Iterato
         entries = []
         for entry in getattr(recipe, key):
             update: dict[str, Any] = {}
+            if not reads_conversations(recipe, entry):
+                update |= {"chat_template": None, "chat_template_jinja": None}
             if entry.chat_template is None and entry.type == "chat_template":
                 update["chat_template"] = recipe.chat_template or "tokenizer_default"
                 update["chat_template_jinja"] = recipe.chat_template_jinja
@@ -163,8 +171,6 @@ def saving_follows_its_keys(recipe: Recipe, given: frozenset[str]) -> Iterator[S
 def validating_follows_its_keys(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """Validate by steps where they are given, else each epoch; never without data."""
     asked = recipe.eval_steps or recipe.evals_per_epoch
-    if recipe.evals_per_epoch and not recipe.validates:
-        yield Notice("ignored", ("evals_per_epoch",), "there is no validation data")
     if recipe.eval_strategy is not None:
         return
     if not recipe.validates or (recipe.evals_per_epoch == 0 and not asked):
@@ -196,6 +202,12 @@ def loftq_is_an_initialisation(recipe: Recipe, given: frozenset[str]) -> Iterato
         yield Set("peft_init_lora_weights", "loftq", "`peft.loftq_config` is given")
 
 
+def a_run_id_is_a_name(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """Axolotl's default."""
+    if "wandb" in recipe.reporters and recipe.wandb_run_id and not recipe.wandb_name:
+        yield Set("wandb_name", recipe.wandb_run_id, "`wandb_run_id` is given and no name")
+
+
 def stopping_early_keeps_the_best(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """The last model of a run that stopped is by definition not its best."""
     if recipe.early_stopping_patience and not recipe.load_best_model_at_end:
@@ -208,27 +220,6 @@ def low_rank_optimizers_have_targets(
     """Axolotl's choice."""
     if recipe.optimizer in LOW_RANK and not recipe.optim_target_modules:
         yield Set("optim_target_modules", ("attn", "mlp"), f"{recipe.optimizer} needs targets")
-    elif recipe.optimizer not in LOW_RANK and recipe.optim_target_modules:
-        why = f"`optimizer: {recipe.optimizer}` does not use it"
-        yield Notice("ignored", ("optim_target_modules",), why)
-
-
-def adam_keys_need_adam(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
-    """Adam's betas and epsilon do nothing with other optimizers."""
-    others = ("adam", "ademamix", "came", "lion", "muon", "radam")
-    if any(name in recipe.optimizer for name in others):
-        return
-    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if key in given and getattr(recipe, key) != Recipe.model_fields[key].default:
-            yield Notice("ignored", (key,), f"`optimizer: {recipe.optimizer}` does not use it")
-
-
-def class_names_have_no_effect(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
-    """AutoModelForCausalLM and AutoTokenizer are what happens anyway."""
-    for key, usual in (("model_type", "AutoModelForCausalLM"), ("tokenizer_type", "AutoTokenizer")):
-        if getattr(recipe, key) not in (None, usual):
-            why = "the model's and the tokenizer's own files decide it"
-            yield Notice("ignored", (key,), why)
 
 
 def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
@@ -254,11 +245,13 @@ def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Noti
     if recipe.optimizer.startswith("schedule_free") and recipe.lr_scheduler != "constant":
         why = f"`optimizer: {recipe.optimizer}` is made for `lr_scheduler: constant`"
         yield Notice("note", ("lr_scheduler",), why)
-    if recipe.max_steps and "num_epochs" in given:
-        yield Notice("ignored", ("num_epochs",), f"`max_steps: {recipe.max_steps}` decides")
-    if recipe.hub_model_id and recipe.hub_strategy != "end":
-        why = "only the finished model is pushed"
-        yield Notice("ignored", ("hub_strategy",), why)
+    for name in recipe.reporters:
+        install = PACKAGES_OF_REPORTERS[name]
+        why = f"reports go there when {install} is installed where training runs, and to MLflow"
+        yield Notice("note", (name,), why)
+    if recipe.max_steps and (recipe.warmup_steps or 0) >= recipe.max_steps:
+        why = f"training ends after {recipe.max_steps} steps, before the learning rate is full"
+        yield Notice("note", ("warmup_steps",), why)
 
 
 _DEFAULTS: tuple[Default, ...] = (
@@ -276,9 +269,8 @@ _DEFAULTS: tuple[Default, ...] = (
     adapter_keys_need_an_adapter,
     qlora_means_four_bits,
     loftq_is_an_initialisation,
+    a_run_id_is_a_name,
     stopping_early_keeps_the_best,
     low_rank_optimizers_have_targets,
-    adam_keys_need_adam,
-    class_names_have_no_effect,
     things_to_know,
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from regrow.configs.secret_values import hidden
+
 Path = tuple[str | int, ...]
 """Where a value is: ("datasets", 0, "type")."""
 
-_SECRET = re.compile(r"(api_key|password|passwd|secret|hf_token|access_key)s?$", re.IGNORECASE)
-_USERINFO = re.compile(r"://[^/@\s]+@")
 _LONGEST_VALUE = 60  # characters; a message line stays readable
 
 
@@ -56,8 +55,7 @@ class Fault:
             return ""
         if self.value is None:
             return f"`{self.key}`"
-        shown = "(not shown)" if _SECRET.search(self.key) else _brief(self.value)
-        return f"`{self.key}: {shown}`"
+        return f"`{self.key}: {_brief(self.value, self.key)}`"
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,13 @@ class RecipeError(ValueError):
         return type(self), (self.faults, self.source, self.notices)
 
 
-def _brief(value: Any) -> str:
-    """`value` on one line, cut short, without a password in a URL."""
+def _brief(value: Any, key: str = "") -> str:
+    """`value` on one line, cut short, without a secret."""
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, str):
         text = value if value.strip() == value and value else repr(value)
     else:
         text = repr(list(value) if isinstance(value, tuple) else value)
-    text = _USERINFO.sub("://***@", " ".join(text.split()))
+    text = hidden(key, " ".join(text.split()))
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

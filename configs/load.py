@@ -9,15 +9,17 @@ from typing import Any
 
 import yaml
 
-from regrow.configs.check import check_rules, check_types
+from regrow.configs.check import check_facts, check_rules, check_types
 from regrow.configs.defaults import fill_in
 from regrow.configs.draft import Draft
+from regrow.configs.facts import Facts, facts_at_hand
 from regrow.configs.faults import Fault, Notice, RecipeError
 from regrow.configs.layers import read_layers
 from regrow.configs.local_paths import find_local_paths
 from regrow.configs.overrides import Overrides, apply_overrides
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import rename
+from regrow.configs.secret_values import refuse_secrets
 from regrow.configs.sharding import read_sharding
 
 
@@ -49,14 +51,14 @@ def load_recipe(
     value` words, or a map of dotted keys).
 
     Args:
-        environment: what `${NAME}` in the recipe may name.
+        environment: what `${NAME}` in the recipe may name, and where the hub's cache is.
 
     Raises:
         RecipeError: with every reason why it cannot run.
     """
     path = Path(path).expanduser()
     draft, text = read_layers(path, environment or {})
-    recipe = _finish(draft, overrides, path.absolute().parent, str(path))
+    recipe = _finish(draft, overrides, path.absolute().parent, str(path), environment or {})
     return Loaded(recipe, _grouped(draft.notices), text, path)
 
 
@@ -82,9 +84,16 @@ def parse_recipe(
     return Loaded(recipe, _grouped(draft.notices), text)
 
 
-def _finish(draft: Draft, overrides: Overrides, directory: Path | None, source: str) -> Recipe:
+def _finish(
+    draft: Draft,
+    overrides: Overrides,
+    directory: Path | None,
+    source: str,
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
     """Overrides, then the three phases; raises with all faults of all of them."""
     apply_overrides(draft, overrides)
+    refuse_secrets(draft)
     rename(draft)
     if directory is not None:
         find_local_paths(draft, directory)
@@ -94,10 +103,19 @@ def _finish(draft: Draft, overrides: Overrides, directory: Path | None, source: 
     if recipe is not None:
         recipe = fill_in(recipe, given, draft)
         check_rules(recipe, given, draft)
+        check_facts(recipe, _facts(recipe, environment or {}), draft)
     if draft.faults:
         raise RecipeError(_in_order(draft.faults), source, _grouped(draft.notices))
     assert recipe is not None, "no recipe and no fault"
     return recipe
+
+
+def _facts(recipe: Recipe, environment: Mapping[str, str]) -> Facts:
+    """What is known without asking anyone."""
+    more = recipe.tokens or recipe.special_tokens.additional_special_tokens
+    with_tokens = bool(recipe.eot_tokens or (recipe.uses_adapter and more))
+    places = recipe.base_model, recipe.tokenizer_config, recipe.revision_of_model
+    return facts_at_hand(*places, environment, with_tokens)
 
 
 def _plain(data: Any) -> Any:

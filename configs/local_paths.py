@@ -88,3 +88,15 @@ def _exists(candidate: Path) -> bool:
         return candidate.exists()
     except (OSError, ValueError):  # a name too long or malformed for this file system
         return False
+
+
+def is_one_file(path: str, data_files: tuple[str, ...] = ()) -> bool:
+    """Whether a dataset names its files itself, so that it has no splits to choose among."""
+    pattern = any(sign in path for sign in "*?[")
+    return bool(data_files) or pattern or path.lower().endswith(_DATA_ENDINGS)
+
+
+def is_on_the_hub(path: str) -> bool:
+    """Whether `path` can be a hub id, `org/name` or `name`: no file type, URL or local place."""
+    local = path.startswith((".", "/", "~")) or path in _FILE_TYPES or "://" in path
+    return not local and path.count("/") <= 1 and not is_one_file(path)

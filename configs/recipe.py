@@ -13,6 +13,7 @@ from regrow.configs.sections.model import ModelSection
 from regrow.configs.sections.parallel import ParallelSection
 from regrow.configs.sections.publish import PublishSection
 from regrow.configs.sections.quantization import QuantizationSection
+from regrow.configs.sections.reporting import ReportingSection
 from regrow.configs.sections.rl import RLSection
 from regrow.configs.sections.tracking import TrackingSection
 from regrow.configs.sections.training import TrainingSection
@@ -27,6 +28,7 @@ SECTIONS = (
     ParallelSection,
     QuantizationSection,
     TrackingSection,
+    ReportingSection,
     PublishSection,
 )
 """In the order people read them."""
@@ -35,6 +37,7 @@ SECTIONS = (
 # pydantic lists the fields of the last base first: SECTIONS in reverse.
 class Recipe(
     PublishSection,
+    ReportingSection,
     TrackingSection,
     QuantizationSection,
     ParallelSection,
@@ -56,7 +59,12 @@ class Recipe(
     @property
     def global_batch_size(self) -> int:
         """Rows before each step of the optimizer, over all devices."""
-        return self.batch_size or self.micro_batch_size * self.gradient_accumulation_steps
+        return self.batch_size or self.rows_at_once * self.gradient_accumulation_steps
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a forward pass as far as the recipe says; 1 where it leaves them to be chosen."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def dtype(self) -> str:

@@ -16,7 +16,16 @@ from regrow.configs.sections.data import Dataset
 from regrow.configs.sections.dataset_types import PromptType
 from regrow.configs.sections.model import SpecialTokens
 from regrow.configs.sections.training import GradientCheckpointingKwargs
-from regrow.configs.vocabulary import DATASET_WORDS, WORDS, Ignored, Refused, Renamed, Word
+from regrow.configs.vocabulary import (
+    DATASET_READ_OTHERWISE,
+    DATASET_WORDS,
+    READ_OTHERWISE,
+    WORDS,
+    Ignored,
+    Refused,
+    Renamed,
+    Word,
+)
 
 _HEAD = """\
 # Recipe reference
@@ -124,7 +133,17 @@ def _words() -> str:
         ("Refused", Refused),
     ):
         lines += [f"### {title}", "", *_reasons(kind), ""]
+    lines += ["### Other forms", "", *_other_forms(), ""]
     return "\n".join(lines)
+
+
+def _other_forms() -> Iterator[str]:
+    """One line for each way of reading, with its keys."""
+    entries = {f"datasets[].{name}": how for name, how in DATASET_READ_OTHERWISE.items()}
+    lines: dict[str, list[str]] = {}
+    for name, how in {**READ_OTHERWISE, **entries}.items():
+        lines.setdefault(how, []).append(f"`{name}`")
+    return (f"- {how}: {', '.join(names)}" for how, names in lines.items())
 
 
 def _reasons(kind: type[Word]) -> Iterator[str]:

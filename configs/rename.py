@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from regrow.configs.draft import Draft
-from regrow.configs.faults import Notice, Path, dotted
-from regrow.configs.sections.dataset_types import (
-    DATASET_TYPES,
-    SUPERVISED_TYPES,
-    unread_beside_method,
-    unread_keys,
+from regrow.configs.entries import (
+    drop_same_split,
+    drop_unread,
+    read_message_fields,
+    read_thinking,
+    read_type,
 )
+from regrow.configs.faults import Notice, Path
+from regrow.configs.kernels import read_kernels
+from regrow.configs.meanings import read_meanings
+from regrow.configs.precision import read_precision
 from regrow.configs.sections.model import PACKED_ATTENTION
 from regrow.configs.vocabulary import (
     DATASET_WORDS,
@@ -51,10 +55,11 @@ def rename(draft: Draft) -> None:
         if "type" in entry and entry["type"] is None:
             entry["type"] = "pretokenized"  # as Axolotl writes it
     _drop_nulls(draft.data)
-    _refuse_pickle(draft)
-    _precision(draft)
+    read_precision(draft)
+    read_meanings(draft)
     _tokens_map(draft)
     _attention(draft)
+    read_kernels(draft)
     _plugins(draft)
     _pretraining(draft)
     for key in [key for key in draft.data if key in WORDS]:
@@ -68,7 +73,6 @@ def rename(draft: Draft) -> None:
         _dataset(draft, path, entry)
     _chat_template(draft, ())
     _warmup_share(draft)
-    _checkpointing(draft)
     for key in ("save_strategy", "eval_strategy"):
         if draft.data.get(key) is False:  # YAML reads `no` as false
             draft.data[key] = "no"
@@ -115,26 +119,6 @@ def _move(draft: Draft, old: Path, new: Path, why: str) -> None:
     target = WORDS.get(str(name)) if len(new) == 1 else None
     if isinstance(target, Refused):
         _apply(draft, new, target)
-
-
-def _refuse_pickle(draft: Draft) -> None:
-    if draft.data.get("save_safetensors") is False:
-        why = "weights are only ever written as safetensors"
-        draft.fault(("save_safetensors",), why, "Remove it")
-
-
-def _precision(draft: Draft) -> None:
-    """`bfloat16: true` and `float32: true` are values of `bf16` in Axolotl's older words."""
-    for name, meaning, contrary in (("bfloat16", True, ()), ("float32", False, (True, "full"))):
-        if draft.data.get(name) is True and draft.data.get("bf16") in contrary:
-            draft.fault((name,), "`bf16` says otherwise", "Keep one of the two")
-        elif draft.data.get(name) is True:
-            why = f"it means `bf16: {str(meaning).lower()}`"
-            draft.notices.append(Notice("renamed", (name,), why, "bf16"))
-            draft.data["bf16"] = meaning
-        elif draft.data.get(name, False) is not False:
-            draft.fault((name,), "expected true or false", "Use `bf16`")
-        draft.data.pop(name, None)
 
 
 def _tokens_map(draft: Draft) -> None:
@@ -237,126 +221,14 @@ def _plugins(draft: Draft) -> None:
 
 
 def _dataset(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    _type(draft, path, entry)
-    _unread(draft, entry)
+    read_type(draft, path, entry)
+    drop_unread(draft, entry)
+    drop_same_split(draft, entry)
     for key in [key for key in entry if key in DATASET_WORDS]:
         _apply(draft, (*path, key), DATASET_WORDS[key])
-    _thinking(draft, path, entry)
-    _message_fields(draft, path, entry)
+    read_thinking(draft, path, entry)
+    read_message_fields(draft, path, entry)
     _chat_template(draft, path)
-
-
-def _type(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    """One name for each format."""
-    kind = entry.get("type")
-    if not isinstance(kind, str):
-        return
-    # `load` is the name of the function that Axolotl calls when none is named.
-    short = kind.removesuffix(".load")
-    entry["type"] = short if short in DATASET_TYPES or short in _SHAREGPT else kind
-    if kind == "chat_template.default":
-        entry["type"] = "chat_template"
-    elif kind == "pretrain":
-        draft.set((*path, "type"), "completion", "it is plain text, whole and without repetitions")
-    elif short in _SHAREGPT:
-        _sharegpt(draft, path, entry)
-
-
-def _unread(draft: Draft, entry: dict[str, Any]) -> None:
-    """Keys that the entry's type does not read."""
-    kind = entry.get("type")
-    method = next((key for key in _METHODS if draft.value((key,))), None)
-    if method is not None:
-        unread, who = unread_beside_method(method == "process_reward_model"), f"`{method}`"
-    elif isinstance(kind, dict):
-        unread, who = unread_keys("map"), "a map of prompts"
-    elif isinstance(kind, str) and kind in SUPERVISED_TYPES:
-        unread, who = unread_keys(kind), f"`type: {kind}`"
-    else:
-        return
-    for key in unread:
-        if entry.pop(key, None) is not None:
-            draft.ignore(key, f"{who} does not read it")
-
-
-_METHODS = ("process_reward_model", "reward_model", "rl")
-
-
-# {type: (column, properties of a message)}, as Axolotl read them before it removed them (its commit
-# f4226aab, October 2024). Without properties `chat_template` finds out which of the usual two.
-_SHAREGPT: dict[str, tuple[str, dict[str, str]]] = {
-    "sharegpt": ("conversations", {}),
-    "sharegpt:chat": ("conversations", {}),
-    "sharegpt.load_role": ("conversations", {"role": "role", "content": "value"}),
-    "sharegpt.load_guanaco": ("conversations", {"role": "role", "content": "text"}),
-    "sharegpt.load_ultrachat": ("messages", {"role": "role", "content": "content"}),
-}
-_CONVERSATIONS = {"vicuna_v1.1": "vicuna", "llama-3": "llama3", "phi-3": "phi_3"}
-
-
-def _sharegpt(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    """The removed type, with the keys that were its own, in the words of `chat_template`."""
-    column, properties = _SHAREGPT[entry["type"]]
-    guanaco = {"user": ["prompter"]} if entry["type"].endswith("guanaco") else {}
-    names = {"user": entry.pop("field_human", None), "assistant": entry.pop("field_model", None)}
-    roles = guanaco | {target: [name] for target, name in names.items() if name}
-    entry["type"] = "chat_template"
-    entry.setdefault("field_messages", column)
-    if properties:
-        entry.setdefault("message_property_mappings", dict(properties))
-    if roles:
-        entry.setdefault("roles", roles)
-    style = entry.get("conversation")
-    if isinstance(style, str) and "chat_template" not in entry:
-        name = _CONVERSATIONS.get(style, style)
-        draft.move((*path, "conversation"), (*path, "chat_template"), name)
-    elif style is not None:
-        del entry["conversation"]
-        draft.ignore("conversation", "`chat_template` says how messages are rendered")
-    why = "Axolotl has removed sharegpt, which is messages with other names"
-    draft.notices.append(Notice("renamed", (dotted((*path, "type")),), why, "chat_template"))
-
-
-def _message_fields(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    """`message_field_role` and `_content` are entries of `message_property_mappings` now."""
-    for part in ("role", "content"):
-        old = (*path, f"message_field_{part}")
-        if old[-1] not in entry:
-            continue
-        mappings = entry.setdefault("message_property_mappings", {})
-        if not isinstance(mappings, dict):
-            del entry[old[-1]]
-            continue
-        if mappings.get(part, entry[old[-1]]) != entry[old[-1]]:
-            why = f"`message_property_mappings.{part}` says otherwise"
-            draft.fault(old, why, "Keep `message_property_mappings` only")
-            del entry[old[-1]]
-            continue
-        new = (*path, "message_property_mappings", part)
-        why = "that is its place now"
-        draft.notices.append(Notice("renamed", (str(old[-1]),), why, ".".join(map(str, new[-2:]))))
-        draft.move(old, new, entry[old[-1]])
-    mappings = entry.get("message_property_mappings")
-    if isinstance(mappings, dict):  # what is not mapped keeps its name
-        mappings.setdefault("role", "role")
-        mappings.setdefault("content", "content")
-
-
-def _thinking(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
-    """Axolotl's `field_thinking` says what one entry of `message_property_mappings` says."""
-    names = [entry.get(key, _THINKING) for key in ("template_thinking_key", "field_thinking")]
-    given = [key for key in ("template_thinking_key", "field_thinking") if key in entry]
-    if not given or not all(isinstance(name, str) for name in names):
-        return
-    mappings = entry.setdefault("message_property_mappings", {}) if names[0] != names[1] else None
-    if isinstance(mappings, dict):
-        mappings.setdefault(names[0], names[1])
-        why = "that is its place here"
-        draft.notices.append(Notice("renamed", tuple(given), why, "message_property_mappings"))
-    entry.pop("field_thinking", None)
-
-
-_THINKING = "reasoning_content"  # Axolotl's default for both
 
 
 def _chat_template(draft: Draft, path: Path) -> None:
@@ -371,10 +243,3 @@ def _warmup_share(draft: Draft) -> None:
     steps = draft.data.get("warmup_steps")
     if isinstance(steps, float) and 0 < steps < 1:
         _move(draft, ("warmup_steps",), ("warmup_ratio",), "below 1 it is a share of all steps")
-
-
-def _checkpointing(draft: Draft) -> None:
-    kind = draft.data.get("gradient_checkpointing")
-    if kind in ("offload", "offload_disk"):
-        why = f"`{kind}` is not here yet; it saves memory only"
-        draft.set(("gradient_checkpointing",), True, why)

@@ -20,6 +20,9 @@ _ONLY_FSDP1 = (
     "forward_prefetch",
     "final_state_dict_type",
 )
+OLD_OPTIONS = (*_ONLY_FSDP1, "version", "sharding_strategy", "cpu_offload_pin_memory")
+"""Entries of `fsdp_config` that are read here and are not fields."""
+
 _RESHARDS = {"full_shard": True, "shard_grad_op": False}
 _HYBRID = {"hybrid_shard": True, "hybrid_shard_zero2": False}
 
@@ -30,8 +33,49 @@ def read_sharding(draft: Draft, directory: Path | None) -> None:
     Args:
         directory: the recipe's; None: there is none.
     """
+    _by_fsdp(draft)
     _fsdp(draft)
     _deepspeed(draft, directory)
+    _ray(draft)
+
+
+def _ray(draft: Draft) -> None:
+    wanted = draft.data.pop("use_ray", None)
+    if wanted:
+        draft.set(("launcher",), "ray", "`use_ray` is said so here")
+    if draft.data.get("launcher") == "ray":
+        return
+    for key in ("ray_num_workers", "resources_per_worker"):
+        if draft.data.pop(key, None) is not None:
+            draft.ignore(key, "it is for `launcher: ray`")
+
+
+def _by_fsdp(draft: Draft) -> None:
+    """Tensor and expert parallelism divide weights over processes; here FSDP does, by layers. The
+    result is the same, and each process holds as small a part of the weights."""
+    for key in ("tensor_parallel_size", "expert_parallel_size"):
+        size = draft.data.pop(key, None)
+        if not size or size == 1:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            draft.fault((key,), "expected a whole number", "Use `fsdp_config`", size)
+        elif draft.data.get("deepspeed"):
+            why = "under DeepSpeed weights are not divided this way"
+            draft.fault((key,), why, "Use `fsdp_config` in the place of `deepspeed`", size)
+        else:
+            _more_shards(draft, key, size)
+
+
+def _more_shards(draft: Draft, key: str, size: int) -> None:
+    why = "FSDP2 divides weights over as many processes, with the same result"
+    draft.notices.append(Notice("renamed", (key,), why, "fsdp_config"))
+    if not draft.data.get("fsdp") and not isinstance(draft.data.get("fsdp_config"), dict):
+        draft.data["fsdp_config"], draft.data["fsdp_version"] = {}, 2
+    shards = draft.data.get("dp_shard_size")
+    if isinstance(shards, int) and not isinstance(shards, bool) and shards > 1:
+        draft.set(("dp_shard_size",), shards * size, f"`{key}` divides weights {size} times more")
+    elif shards == 1:
+        del draft.data["dp_shard_size"]
 
 
 def _fsdp(draft: Draft) -> None:
@@ -53,6 +97,8 @@ def _fsdp(draft: Draft) -> None:
     for name in dropped:
         del config[name]
         draft.ignore(f"fsdp_config.{name}", "FSDP2 does it by itself")
+    if config.pop("cpu_offload_pin_memory", None) is not None:
+        draft.ignore("fsdp_config.cpu_offload_pin_memory", "offloaded weights are always pinned")
     layers = config.get("transformer_layer_cls_to_wrap")
     if isinstance(layers, str):
         config["transformer_layer_cls_to_wrap"] = [name.strip() for name in layers.split(",")]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from regrow.configs.kernels import all_words
+
 
 @dataclass(frozen=True)
 class Renamed:
@@ -44,26 +46,21 @@ _RENAMED = {
     "sequence_parallel_degree": Renamed("context_parallel_size"),
     "context_parapllel_size": Renamed("context_parallel_size", "it is misspelt"),
     "adam_eps": Renamed("adam_epsilon", "Axolotl has no such key and would ignore it"),
+    "eval_table_max_new_tokens": Renamed("eval_max_new_tokens"),
 }
 
 _IGNORED = {
     "MLflow records every run": """
-        use_mlflow hf_mlflow_log_artifacts use_tensorboard use_otel_metrics otel_metrics_host
-        otel_metrics_port use_wandb wandb_mode wandb_project wandb_entity wandb_name wandb_run_id
-        wandb_watch wandb_log_model use_comet comet_workspace comet_project_name
-        comet_experiment_key comet_mode comet_online comet_experiment_config use_trackio
-        trackio_project_name trackio_run_name trackio_space_id use_swanlab swanlab_project
-        swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace
-        swanlab_log_model swanlab_web_host swanlab_api_host swanlab_log_completions
+        use_mlflow use_otel_metrics otel_metrics_host otel_metrics_port""",
+    "models are kept in the artifact store, and their places are in MLflow": """
+        hf_mlflow_log_artifacts wandb_log_model swanlab_log_model""",
+    "Transformers' reporter does not take it; set the reporter's own environment variables": """
+        comet_experiment_config swanlab_description swanlab_log_completions
         swanlab_completion_log_interval swanlab_completion_max_buffer""",
     "Regrow chooses its kernels itself": """
-        liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu
-        liger_glu_activation liger_cross_entropy liger_fused_linear_cross_entropy
-        cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks lora_mlp_kernel
-        lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_cross_entropy_loss
-        unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope
-        flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_attn_fuse_qkv
-        flash_attn_d512 flash_optimum fused_attn_kernel use_kernels use_scattermoe use_sonicmoe
+        liger_rms_norm_gated liger_layer_norm chunked_cross_entropy_num_chunks
+        lora_embedding_kernel flash_attn_d512 flash_optimum fused_attn_kernel use_kernels
+        use_scattermoe use_sonicmoe
         use_dsv4_kernels use_glm_dsa_kernels expert_backend experts_implementation
         moe_grouped_backend moe_dequant_chunk_size moe_bnb_fast mlp_kernel large_head_attention
         sdpa_varlen gemma4_hybrid_attn_impl flex_attn_compile_kwargs tiled_mlp
@@ -76,10 +73,13 @@ _IGNORED = {
         activation_offloading layer_offloading selective_checkpointing low_cpu_mem_usage
         gc_steps torch_empty_cache_steps gc_collect_steps lora_on_cpu dataset_keep_in_memory
         embeddings_skip_upcast""",
+    "FSDP divides experts as it does all weights": """
+        expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
+        expert_parallel_token_capacity expert_parallel_fallback_on_unsupported""",
     "Regrow places a run on its devices itself": """
         device device_map world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb
-        ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config use_ray ray_run_name
-        ray_num_workers resources_per_worker max_memory gpu_memory_limit
+        ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config ray_run_name
+        max_memory gpu_memory_limit
         experimental_skip_move_to_device qlora_sharded_model_loading""",
     "it changes speed only, and is not here yet": """
         torch_compile torch_compile_backend torch_compile_mode torch_compile_options deepcompile
@@ -103,6 +103,10 @@ _IGNORED = {
         generate_samples num_generation_samples generation_max_new_tokens generation_temperature
         generation_top_p generation_top_k generation_prompt_ratio generation_do_sample""",
     "the result is always whole": "fsdp_final_state_dict_type",
+    "weights are only ever written as safetensors": "save_safetensors",
+    "rows are never padded but where `pad_to_sequence_len` asks for it": """
+        collator_pad_to_longest""",
+    "neither Axolotl nor Regrow reads it: `seed` orders the data": "data_seed",
     "merging is a stage of every run with an adapter": "merge_lora merge_method",
     "the Hugging Face token is taken from the environment": "hf_use_auth_token",
     "adapters are always float32, and tied weights are kept tied": """
@@ -112,9 +116,10 @@ _IGNORED = {
         dpo_loss_weights dpo_use_liger_kernel dpo_padding_free dpo_use_logits_to_keep
         dpo_generate_during_eval dpo_norm_loss rpo_alpha precompute_ref_log_probs orpo_alpha
         simpo_gamma cpo_alpha kto_desirable_weight kto_undesirable_weight max_prompt_len
+        rl_adapter_ref_model
         num_labels center_rewards_coefficient""",
     "it matters to Axolotl's own working only": """
-        strict debug remove_unused_columns save_safetensors torchdistx_path is_preprocess
+        strict debug remove_unused_columns torchdistx_path is_preprocess
         preprocess_iterable axolotl_config_path test_value full_finetune gradio_title gradio_share
         gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature""",
 }
@@ -148,17 +153,6 @@ _REFUSED: dict[tuple[str, str], str] = {
         "torch's ring attention takes no packed examples: a token would see other examples",
         "Remove it: use `fsdp_config` or `gradient_checkpointing` to save memory",
     ): "context_parallel_size heads_k_stride ring_attn_func",
-    (
-        "attention over packed examples and adapters are not divided by heads yet",
-        "Use `fsdp_config`, which divides the same memory",
-    ): "tensor_parallel_size",
-    (
-        _NOT_YET.format("sharing experts out over devices"),
-        "Use `fsdp_config`, which shards experts as it does all weights",
-    ): """
-        expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes
-        expert_parallel_num_rdma_bytes expert_parallel_token_capacity
-        expert_parallel_fallback_on_unsupported""",
     (_NOT_YET.format("keeping norms in float32 under FSDP"), "Remove it"): """
         fp32_norms fp32_norm_classes""",
     (_NOT_YET.format("this choice of trained weights"), "Use `unfrozen_parameters`"): """
@@ -170,16 +164,14 @@ _REFUSED: dict[tuple[str, str], str] = {
         "its restarts change the base model, which a checkpoint of an adapter does not hold, so "
         "that a run could not be resumed exactly",
         "Use a higher `lora_r`, or `jagged_restart_steps` alone",
-    ): "relora relora_prune_ratio relora_prune_method relora_cpu_offload",
+    ): """
+        relora relora_prune_ratio relora_prune_method relora_cpu_offload relora_steps
+        relora_warmup_steps relora_anneal_steps""",
     (_NOT_YET.format("this optimizer or learning rate"), "See `optimizer` and `lr_scheduler`"): """
         dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of qgalore_rank
         qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant
         qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj
         qgalore_queue_size grokfast_alpha grokfast_lamb""",
-    (
-        "neither Axolotl nor Regrow reads it",
-        "For a lowest learning rate use `cosine_min_lr_ratio`, a share of `learning_rate`",
-    ): "eta_min",
     (_NOT_YET.format("this training method"), "Remove it"): """
         trainer_cls diffusion dense_mixer use_eaft eaft_alpha eaft_k use_pose
         pose_split_on_token_ids pose_max_context_len pose_num_chunks
@@ -191,8 +183,9 @@ _REFUSED: dict[tuple[str, str], str] = {
         nemo_gym_multi_turn nemo_gym_max_turns""",
     (_NOT_YET.format("changing the model's configuration or weights"), "Remove it"): """
         overrides_of_model_config overrides_of_model_kwargs model_config model_kwargs
-        reinit_weights shrink_embeddings mean_resizing_embeddings llama4_linearized_experts
+        shrink_embeddings mean_resizing_embeddings llama4_linearized_experts
         scaling_softmax scaling_softmax_factor scaling_softmax_bias rope_scaling s2_attention""",
+    (_NOT_YET.format("training from random weights"), "Remove it"): "reinit_weights",
     (_NOT_YET.format("this evaluation"), "Remove it; `eval_prompts` shows answers"): """
         do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split
         lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model""",
@@ -200,8 +193,7 @@ _REFUSED: dict[tuple[str, str], str] = {
         added_tokens_overrides tokenizer_use_mistral_common""",
     ("prepared data is kept in the artifact store", "Remove it"): "push_dataset_to_hub",
     (_NOT_YET.format("choosing a branch on the hub"), "Remove it"): "hub_revision",
-    ("it was replaced", "Use `sequence_len` and `sample_packing: true`"): "max_packed_sequence_len",
-    ("training in float16 is not here", "Use `bf16: true`"): "float16",
+    ("it names no destination", "Use `hub_model_id`"): "push_to_hub",
     ("secrets do not belong into a recipe, which is recorded", "Remove it"): """
         comet_api_key swanlab_api_key swanlab_lark_webhook_url swanlab_lark_secret""",
     ("it belongs to Axolotl's file for its cloud, not to a recipe", "Remove it"): """
@@ -220,6 +212,38 @@ _DATASET_REFUSED = {
     (_NOT_YET.format("this way of reading examples"), "Change the data beforehand"): """
         field_human field_model input_transform input_format logprobs_field temperature""",
 }
+
+READ_OTHERWISE: dict[str, str] = {
+    **dict.fromkeys(("bfloat16", "float32", "fp16", "float16"), "read as `bf16`"),
+    **dict.fromkeys(
+        (
+            *("flash_attention", "xformers_attention", "sdp_attention", "flex_attention"),
+            *("sage_attention", "eager_attention"),
+        ),
+        "read as `attn_implementation`, which is Regrow's packed attention in any case",
+    ),
+    **dict.fromkeys(all_words(), "read as `kernels`"),
+    "plugins": "Axolotl's plugins for kernels need not be loaded; others are refused by name",
+    "pretraining_dataset": "read as `datasets` with `type: completion`, and `streaming`",
+    "max_packed_sequence_len": "read as `sample_packing` with `sequence_len`",
+    "eta_min": "read as `cosine_min_lr_ratio`",
+    "fsdp": "a list such as [full_shard, auto_wrap], read as `fsdp_config`",
+    "use_ray": "read as `launcher: ray`",
+    "tensor_parallel_size": "read as `fsdp_config`, with as many more shards",
+    "expert_parallel_size": "read as `fsdp_config`, with as many more shards",
+    "eval_causal_lm_metrics": "[perplexity], which is always taken; others are refused",
+    "do_causal_lm_eval": "accepted beside `eval_causal_lm_metrics: [perplexity]`",
+}
+"""Keys that phase 1 reads in a way of its own, each with a notice: what it makes of them."""
+
+DATASET_READ_OTHERWISE: dict[str, str] = {
+    "message_field_role": "read as `message_property_mappings.role`",
+    "message_field_content": "read as `message_property_mappings.content`",
+    "field_thinking": "read as an entry of `message_property_mappings`",
+    "field_human": "for the removed type sharegpt: the name of the user's role",
+    "field_model": "for the removed type sharegpt: the name of the assistant's role",
+}
+"""The same for an entry of `datasets`."""
 
 DATASET_WORDS: dict[str, Word] = {
     "preprocess_shards": Ignored("data is always prepared in parts"),
@@ -258,9 +282,7 @@ REFUSED_VALUES: dict[str, dict[str, Refused]] = {
 """Values of fields that Axolotl knows and Regrow does not do."""
 
 OFF: dict[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
     "context_parallel_size": (1,),
-    "expert_parallel_size": (1,),
 }
 """Further values at which a refused key asks for nothing."""
 
@@ -273,7 +295,10 @@ PLUGINS: dict[str, Word] = {
             "kernels.KernelsPlugin",
         )
     },
-    "axolotl.integrations.swanlab.SwanLabPlugin": Ignored("MLflow records every run"),
+    "axolotl.integrations.swanlab.SwanLabPlugin": Ignored("`use_swanlab` is enough"),
+    "axolotl.integrations.expert_parallel.ExpertParallelPlugin": Ignored(
+        "FSDP divides experts as it does all weights"
+    ),
 }
 """Entries of `plugins`; any other is refused."""
 

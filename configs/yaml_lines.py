@@ -159,12 +159,18 @@ class _Reader:
                 continue
             where = (*path, key)
             if key in own:
+                if self._says_the_same(value_node, own[key], where):
+                    continue
                 first = self.document.lines[where]
                 self._fault(where, key_node, f"written twice, first in line {first}", "Keep one")
                 continue
             self.document.lines[where] = key_node.start_mark.line + 1
             own[key] = self._value(value_node, where)
         return merged | own
+
+    def _says_the_same(self, node: Any, value: Any, path: Path) -> bool:
+        """Whether a key that is written twice has one value both times."""
+        return isinstance(node, yaml.ScalarNode) and repr(self._value(node, path)) == repr(value)
 
     def _merged(self, node: Any, path: Path) -> dict[str, Any]:
         """What `<<:` brings in: a map, or several, of which the first wins."""

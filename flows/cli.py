@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from regrow.configs.faults import RecipeError
 from regrow.flows.progress import say
+from regrow.infra.secrets import mask_secrets
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ def _show(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--device", help="GPU to plan for, such as h100 (this machine's)")
+    parser.add_argument("--price-per-hour", type=float, help="of one GPU, to tell the cost")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
 def _prompt(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--prompt", help="what to ask; default: standard input")
@@ -43,6 +51,7 @@ def _prompt(parser: argparse.ArgumentParser) -> None:
 
 def _artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
+    parser.add_argument("--picture", metavar="FILE", help="draw it: FILE.svg, .png or .html")
 
 
 def _deployment(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +63,9 @@ def _deployment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", default="regrow", help="Prefect work pool (regrow)")
     parser.add_argument("--pool-type", default="process", choices=("process", "kubernetes"))
     parser.add_argument("--gpus", type=int, help="GPUs that all runs of the server share")
+    parser.add_argument("--image", help="container image of a run (Kubernetes)")
+    parser.add_argument("--memory", help="memory of a run, such as 64Gi (Kubernetes)")
+    parser.add_argument("--gpus-per-run", type=int, help="GPUs of a run (Kubernetes)")
 
 
 def _two(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +117,7 @@ def _schema(args: argparse.Namespace, overrides: list[str]) -> int:
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.commands import show_plan
 
-    return show_plan(args.recipe, overrides)
+    return show_plan(args, overrides)
 
 
 def _status(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -117,7 +129,7 @@ def _status(args: argparse.Namespace, overrides: list[str]) -> int:
 def _lineage(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.commands import show_lineage
 
-    return show_lineage(args.artifact, overrides)
+    return show_lineage(args.artifact, overrides, args.picture)
 
 
 def _deploy(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -165,7 +177,7 @@ def _ui(args: argparse.Namespace, overrides: list[str]) -> int:
 COMMANDS = (
     Command("run", "run the whole pipeline", _until(""), _recipe),
     Command("validate", "say whether a recipe can run, and all reasons if not", _validate, _recipe),
-    Command("plan", "say what would run, and why", _plan, _recipe),
+    Command("plan", "say what would run, and what it needs", _plan, _plan_options),
     Command("status", "say what is complete, running or missing", _status, _recipe),
     Command("preprocess", "tokenize and pack the data", _until("prepare"), _show),
     Command("train", "run up to and including training", _until("train"), _recipe),
@@ -234,7 +246,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 def _crash_log() -> str:
     """Write the traceback that is being handled into a file; its path."""
     with tempfile.NamedTemporaryFile("w", prefix="regrow-", suffix=".log", delete=False) as file:
-        traceback.print_exc(file=file)
+        file.write(mask_secrets(traceback.format_exc()))
     return file.name
 
 

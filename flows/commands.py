@@ -6,7 +6,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TextIO
 
 from regrow.configs.load import Loaded, load_recipe
 from regrow.flows import show
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from regrow.flows.session import Session
 
 _P = ParamSpec("_P")
+_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what waits in a queue can be started again
 _ANSWER_SECONDS = 10  # a server on another continent answers in one
 
 
@@ -49,17 +51,18 @@ def explains(command: Callable[_P, int]) -> Callable[_P, int]:
 
 
 def open_plan(
-    recipe: str, overrides: Sequence[str], last: str = ""
+    recipe: str, overrides: Sequence[str], last: str = "", out: TextIO | None = None
 ) -> tuple[Loaded, Workplace, Plan]:
     """The recipe, its places and its plan, with what the recipe's reader has to say printed.
 
     Args:
         last: the stage after which the command stops, if not the plan's last.
+        out: where to print; None: standard output.
     """
     quiet_environment()
     loaded = load_recipe(recipe, overrides, environment=environment())
     for notice in loaded.notices:
-        say(str(notice))
+        say(str(notice), out)
     workplace = Workplace(load_settings(), loaded.recipe.store)
     workplace.artifacts.store.check_writable()
     plan = make_plan(loaded.recipe, loaded.name, workplace.memo)
@@ -86,6 +89,9 @@ def run_recipe(
         state = stages_upto(loaded.recipe, last, loaded.name, return_state=True)
     else:
         state = finetune(loaded.recipe, loaded.name, return_state=True)
+    if state.name == "Preempted":
+        say(f"\nstopped before its end: {state.message}", sys.stderr)
+        return _TRY_AGAIN
     if not state.is_completed():
         say(f"\nfailed: {state.message}", sys.stderr)
         say(
@@ -97,10 +103,15 @@ def run_recipe(
 
 
 @explains
-def show_plan(recipe: str, overrides: Sequence[str]) -> int:
-    """Print each stage, whether it is in the store, and if not, why it must run."""
-    loaded, workplace, plan = open_plan(recipe, overrides)
-    say(show.plan_table(loaded, workplace, plan))
+def show_plan(args: Namespace, overrides: Sequence[str]) -> int:
+    """Print each stage, why it must run, and what the training will need."""
+    from regrow.flows.plan_view import Question, plan_text
+
+    question = Question(args.device, args.price_per_hour, args.json)
+    # What is for programs stands alone on standard output.
+    out = sys.stderr if args.json else None
+    loaded, workplace, plan = open_plan(args.recipe, overrides, out=out)
+    say(plan_text(loaded, workplace, plan, question))
     return 0
 
 
@@ -113,8 +124,12 @@ def show_status(recipe: str, overrides: Sequence[str]) -> int:
 
 
 @explains
-def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
-    """Print the tree of what an artifact, or the last stage of a recipe, was made from."""
+def show_lineage(artifact: str, overrides: Sequence[str], picture: str | None = None) -> int:
+    """Print the tree of what an artifact, or the last stage of a recipe, was made from.
+
+    Args:
+        picture: a file to draw it into: SVG, PNG or HTML, by its ending.
+    """
     from regrow.tasks import lineage
 
     if artifact.endswith((".yaml", ".yml")):
@@ -130,6 +145,11 @@ def show_lineage(artifact: str, overrides: Sequence[str]) -> int:
             "shows the keys of a recipe's stages"
         )
     say(lineage.tree(record, workplace.artifacts.lookup))
+    if picture is not None:
+        from regrow.tasks.lineage_picture import draw
+
+        draw(record, workplace.artifacts.lookup, Path(picture))
+        say(f"picture  {picture}")
     return 0
 
 
@@ -148,9 +168,12 @@ def deploy_recipe(args: Namespace, overrides: Sequence[str]) -> int:
         )
     _require_server(settings.prefect_api_url)
     from regrow.flows.deploy import Wish, deploy
+    from regrow.flows.job_variables import Resources
 
     names = ("pool", "pool_type", "cron", "on_event", "on_change", "every", "gpus")
-    for line in deploy(loaded, settings, Wish(**{name: getattr(args, name) for name in names})):
+    resources = Resources(args.image, args.memory, args.gpus_per_run)
+    wish = Wish(**{name: getattr(args, name) for name in names}, resources=resources)
+    for line in deploy(loaded, settings, wish):
         say(line)
     return 0
 

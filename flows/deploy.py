@@ -1,43 +1,28 @@
 """`regrow deploy`: a recipe as a Prefect deployment, started by form, clock, event or new data."""
 
 # No `from __future__ import annotations` here: it breaks Prefect flows that are served.
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate as LimitUpdate
-from prefect.client.schemas.objects import (
-    ConcurrencyLimitConfig,
-    ConcurrencyLimitStrategy,
-    StateType,
-)
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.events import DeploymentEventTrigger
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
 from regrow.configs.load import Loaded
+from regrow.flows.automations import ensure_automations
 from regrow.flows.finetune import finetune
 from regrow.flows.gpu_slots import LIMIT
-from regrow.flows.watch import CHANGED, resource_of, watch_source
+from regrow.flows.job_variables import Resources, base_job_template, job_variables
+from regrow.flows.watch import watch_source
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import Settings
 from regrow.infra.store import is_url
 from regrow.tasks.stage import StageError
-
-HEARTBEAT = "regrow: a run without heartbeat has crashed"
-"""Name of the automation. Prefect has none by itself, and refuses to retry a run that it believes
-alive (platform.md B3)."""
-
-_ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Cancelling", "Paused", "Suspended")
-# More than two heartbeats of 30 s, the shortest that Prefect allows (platform.md B3).
-_SILENCE = timedelta(seconds=70)
-_HEARTBEAT_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +40,8 @@ class Wish:
     """Seconds between two looks at `on_change`."""
     gpus: int | None = None
     """GPUs that all runs share; None: no limit is set."""
+    resources: Resources = field(default_factory=Resources)
+    """What one run gets where the pool gives each run a machine."""
 
 
 def deploy(loaded: Loaded, settings: Settings, wish: Wish) -> list[str]:
@@ -69,39 +56,71 @@ def deploy(loaded: Loaded, settings: Settings, wish: Wish) -> list[str]:
         told.append(_ensure_pool(client, wish))
         if wish.gpus is not None:
             told.append(_ensure_limit(client, wish.gpus))
-    parameters = {"recipe": loaded.recipe.given(), "name": name}
-    triggers = _triggers(name, wish)
-    environment = _environment(settings)
+    variables = job_variables(loaded.recipe, settings, wish.pool_type, wish.resources)
     identifier = _apply(
-        finetune, name, parameters, wish, triggers=triggers, cron=wish.cron, **environment
+        finetune,
+        name,
+        {"recipe": loaded.recipe.given(), "name": name},
+        wish,
+        ConcurrencyLimitStrategy.ENQUEUE,
+        triggers=_triggers(name, wish),
+        cron=wish.cron,
+        job_variables=variables,
     )
     told.append(f"deployment finetune/{name} in pool {wish.pool} (id {identifier})")
     if wish.cron:
         told.append(f"starts by itself: cron {wish.cron}")
     if wish.on_event:
         told.append(f"starts at every event {wish.on_event}")
-    if wish.on_change:
-        # The worker stands in another directory.
-        url = wish.on_change if is_url(wish.on_change) else str(Path(wish.on_change).absolute())
-        watch = {"url": url, "name": name, "store": loaded.recipe.store}
-        _apply(watch_source, name, watch, wish, interval=wish.every, **environment)
-        told.append(
-            f"starts when {mask_secrets(url)} has changed, looked at every {wish.every:g} s"
-        )
-    told.append(_ensure_heartbeat())
-    return told
+    told += _watch(loaded, wish, variables) if wish.on_change else _unwatch(name)
+    return told + ensure_automations()
 
 
-def _apply(flow: Any, name: str, parameters: dict[str, Any], wish: Wish, **options: Any) -> Any:
+def _watch(loaded: Loaded, wish: Wish, variables: dict[str, Any]) -> list[str]:
+    assert wish.on_change is not None
+    # The worker stands in another directory.
+    url = wish.on_change if is_url(wish.on_change) else str(Path(wish.on_change).absolute())
+    _apply(
+        watch_source,
+        loaded.name,
+        {"url": url, "name": loaded.name, "store": loaded.recipe.store},
+        wish,
+        # A look that is due while another is still at it, or was missed while no worker was there,
+        # would find nothing that the next one does not: were they to queue, short intervals would
+        # fill the worker with processes and keep the run that they start waiting behind them.
+        ConcurrencyLimitStrategy.CANCEL_NEW,
+        interval=wish.every,
+        job_variables=variables | ({"gpus": 0} if "gpus" in variables else {}),
+    )
+    return [f"starts when {mask_secrets(url)} has changed, looked at every {wish.every:g} s"]
+
+
+def _unwatch(name: str) -> list[str]:
+    """A deployment that is renewed without `on_change` is watched no longer."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(f"{watch_source.name}/{name}")
+        except ObjectNotFound:
+            return []
+        client.delete_deployment(found.id)
+    return ["its data is watched no longer"]
+
+
+def _apply(
+    flow: Any,
+    name: str,
+    parameters: dict[str, Any],
+    wish: Wish,
+    if_busy: ConcurrencyLimitStrategy,
+    **options: Any,
+) -> Any:
     try:
         deployment = flow.to_deployment(
             name=name,
             parameters=parameters,
             work_pool_name=wish.pool,
             entrypoint_type=EntrypointType.MODULE_PATH,
-            concurrency_limit=ConcurrencyLimitConfig(
-                limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
-            ),
+            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=if_busy),
             **options,
         )
         return deployment.apply()
@@ -110,41 +129,20 @@ def _apply(flow: Any, name: str, parameters: dict[str, Any], wish: Wish, **optio
 
 
 def _triggers(name: str, wish: Wish) -> list[DeploymentEventTrigger]:
-    found = []
-    if wish.on_event:
-        found.append(
-            DeploymentEventTrigger(name=f"{name}: {wish.on_event}", expect={wish.on_event})
-        )
-    if wish.on_change:
-        found.append(
-            DeploymentEventTrigger(
-                name=f"{name}: data changed",
-                expect={CHANGED},
-                match={"prefect.resource.id": resource_of(name)},
-            )
-        )
-    return found
-
-
-def _environment(settings: Settings) -> dict[str, Any]:
-    """Where the runs work, for the worker's processes. What holds a password stays out: job
-    variables are shown on Prefect's pages."""
-    places = {
-        "REGROW_HOME": str(settings.home),
-        "REGROW_STORE": settings.store_url,
-        "MLFLOW_TRACKING_URI": settings.tracking_uri,
-        "HF_HUB_OFFLINE": "1" if settings.hub_offline else None,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
-    }
-    shown = {n: v for n, v in places.items() if v is not None and mask_secrets(v) == v}
-    return {"job_variables": {"env": shown}}
+    if wish.on_event is None:
+        return []
+    return [DeploymentEventTrigger(name=f"{name}: {wish.on_event}", expect={wish.on_event})]
 
 
 def _ensure_pool(client: SyncPrefectClient, wish: Wish) -> str:
     try:
         pool = client.read_work_pool(wish.pool)
     except ObjectNotFound:
-        pool = client.create_work_pool(WorkPoolCreate(name=wish.pool, type=wish.pool_type))
+        template = base_job_template(wish.pool_type)
+        made = WorkPoolCreate(name=wish.pool, type=wish.pool_type)
+        if template is not None:
+            made = made.model_copy(update={"base_job_template": template})
+        client.create_work_pool(made)
         return (
             f"made the {wish.pool_type} pool {wish.pool}: prefect worker start --pool {wish.pool}"
         )
@@ -163,32 +161,3 @@ def _ensure_limit(client: SyncPrefectClient, gpus: int) -> str:
     except ObjectNotFound:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=gpus))
     return f"all runs together use at most {gpus} GPUs (concurrency limit {LIMIT})"
-
-
-def _ensure_heartbeat() -> str:
-    try:
-        _ = Automation.read(name=HEARTBEAT)
-    except ValueError:  # Prefect's word for "there is none of that name"
-        made: Any = _heartbeat()
-        made.create()
-    return f"a run that is silent for {_SILENCE.total_seconds():g} s is marked as crashed"
-
-
-def _heartbeat() -> Automation:
-    beat = "prefect.flow-run.heartbeat"
-    crashed = ChangeFlowRunState(
-        state=StateType.CRASHED, name=None, message="no heartbeat", force=False
-    )
-    return Automation(
-        name=HEARTBEAT,
-        trigger=EventTrigger(
-            after={beat},
-            expect={beat, *(f"prefect.flow-run.{state}" for state in _ENDS)},
-            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=_SILENCE,
-        ),
-        actions=[crashed],
-    )

@@ -1,4 +1,4 @@
-"""GPUs shared by all runs of a Prefect server: a stage that trains takes its number of slots."""
+"""GPUs shared by all runs of a Prefect server: a stage that uses some takes its number of slots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,16 @@ _LEASE_SECONDS = 60
 
 @contextmanager
 def gpus_of(stage: Stage) -> Iterator[None]:
-    """Hold as many slots as the stage trains with processes; waits until they are free."""
-    wanted = getattr(stage.placement, "num_processes", 0) if stage.name == "train" else 0
+    """Hold as many slots as the stage uses GPUs; waits until they are free."""
+    wanted = _wanted(stage)
     if not wanted or load_settings().prefect_api_url is None:
         yield
         return
     with concurrency(LIMIT, occupy=wanted, lease_duration=_LEASE_SECONDS, strict=False):
         yield
+
+
+def _wanted(stage: Stage) -> int:
+    if stage.name == "train":
+        return stage.placement.num_processes
+    return 1 if stage.name == "evaluate" else 0  # the others work on the CPU

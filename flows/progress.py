@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from regrow.infra.secrets import mask_secrets
+
 _EVERY_SECONDS = 2.0  # often enough to see life, seldom enough to keep a log readable
 
 
 def say(line: str, out: TextIO | None = None) -> None:
-    """Write one line at once."""
-    print(line, file=out or sys.stdout, flush=True)
+    """Write one line at once, without secrets."""
+    print(mask_secrets(line), file=out or sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -26,16 +28,23 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+Listener = Callable[[float, float | None, str, str], None]
+"""Hears what `Reporter.progress` is told."""
+
+
 class LineReporter:
     """`Reporter` that prints `[stage] 512/2048 rows  25 %  310 rows/s  5 s left`.
 
     Args:
         title: the stage, in front of each line.
         emit: gets each line; default: standard output.
+        listener: hears of all progress too.
     """
 
-    def __init__(self, title: str, emit: Callable[[str], None] = say) -> None:
-        self._title, self._emit = title, emit
+    def __init__(
+        self, title: str, emit: Callable[[str], None] = say, listener: Listener | None = None
+    ) -> None:
+        self._title, self._emit, self._listener = title, emit, listener
         self._unit, self._begin, self._last = "", 0.0, 0.0
 
     def log(self, message: str) -> None:
@@ -45,6 +54,8 @@ class LineReporter:
 
     def progress(self, done: float, total: float | None, unit: str, note: str = "") -> None:
         """Print at most every two seconds, and always at the end."""
+        if self._listener is not None:
+            self._listener(done, total, unit, note)
         now = time.monotonic()
         if unit != self._unit:
             self._unit, self._begin, self._last = unit, now, 0.0

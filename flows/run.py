@@ -7,17 +7,20 @@ from typing import Any
 
 import yaml
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
+from regrow.flows import run_page
 from regrow.flows.progress import say
 from regrow.flows.session import Origin, Session
-from regrow.flows.stage_task import StageFailed, StageRunner
+from regrow.flows.stage_task import StageFailed, StagePreempted, StageRunner
+from regrow.flows.stopping import PauseWatch, preempted, state_after_signal
 from regrow.flows.workplace import Workplace
-from regrow.infra.secrets import mask_secrets
-from regrow.infra.settings import load_settings
+from regrow.infra.secrets import mask_texts, without_secrets
+from regrow.infra.settings import load_settings, quiet_environment
 from regrow.infra.tracking import Tracker
 from regrow.tasks.build import Outcome
 from regrow.tasks.plan import Plan, make_plan
@@ -27,7 +30,8 @@ from regrow.tasks.stage import Stage
 class FlowRun:
     """`with FlowRun(recipe, name) as run: run(run.plan.prepare)`, then `return run.state`.
 
-    A stage that fails for a reason of the user's ends the block; `state` then says so.
+    A stage that fails for a reason of the user's ends the block, and so does a stop in good order;
+    `state` then says so.
     """
 
     def __init__(self, recipe: Recipe, name: str) -> None:
@@ -37,13 +41,20 @@ class FlowRun:
         """How the flow run ended, for the flow to return."""
 
     def __enter__(self) -> FlowRun:
+        quiet_environment()  # a worker starts this flow without any command of ours
         workplace = Workplace(load_settings(), self._recipe.store)
         workplace.artifacts.store.check_writable()
         self.plan: Plan = make_plan(self._recipe, self._name, workplace.memo)
         uri = self._recipe.mlflow_tracking_uri or workplace.tracking_uri
         experiment = self._recipe.mlflow_experiment_name or "regrow"
-        self._session = Session(self.plan, workplace, Tracker(uri, experiment), self._origin(), say)
+        run_page.show_plan(self.plan, workplace)
+        tracker = Tracker(uri, experiment)
+        self._workplace = workplace
+        self._session = Session(
+            self.plan, workplace, tracker, self._origin(), say, run_page.progress_bar
+        )
         self._run_stage = StageRunner(self._session)
+        self._pauses = PauseWatch()
         return self
 
     def __call__(self, stage: Stage) -> Outcome:
@@ -56,20 +67,38 @@ class FlowRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        self._pauses.stop()
+        status = _mlflow_status(error)
+        self._session.close(status)
+        run_page.show_summary(self._session, self._workplace, status)
+        state = self._state_after(error)
+        if state is not None:
+            self.state = state
+        elif isinstance(error, Exception) and (told := without_secrets(error)) is not error:
+            raise told from None  # Prefect keeps the message of what ends a run
+        return state is not None
+
+    def _state_after(self, error: BaseException | None) -> State[Any] | None:
+        """How the flow run ends; None: as Prefect says of `error`."""
         if error is None:
-            self._session.close("FINISHED")
-            self.state = Completed(message="all stages are complete", data=self._session)
-        elif isinstance(error, StageFailed):
-            self._session.close("FAILED")
-            self.state = Failed(message=str(error), data=error)
-        else:
-            self._session.close("FAILED" if isinstance(error, Exception) else "KILLED")
-        return isinstance(error, StageFailed)
+            return Completed(message="all stages are complete", data=self._session)
+        if isinstance(error, StagePreempted):
+            return preempted(str(error))
+        if isinstance(error, StageFailed):
+            return Failed(message=str(error), data=error)
+        return state_after_signal() if isinstance(error, TerminationSignal) else None
 
     def _origin(self) -> Origin:
-        given = self._recipe.given()
-        text = mask_secrets(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+        given = mask_texts(self._recipe.given())
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
         tags = {"prefect.flow_run_id": flow_run.id or ""}
         # Without a server of the user's, Prefect's page ends with the run.
         page = flow_run.ui_url if load_settings().prefect_api_url else None
-        return Origin(self._name, text, yaml.safe_load(text), tags, page)
+        return Origin(self._name, text, given, tags, page)
+
+
+def _mlflow_status(error: BaseException | None) -> str:
+    if error is None:
+        return "FINISHED"
+    failed = isinstance(error, Exception) and not isinstance(error, StagePreempted)
+    return "FAILED" if failed else "KILLED"

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from regrow.flows.journal import Journal
-from regrow.flows.progress import LineReporter, duration, say
+from regrow.flows.journal import Closing, Journal
+from regrow.flows.progress import LineReporter, Listener, duration, say
 from regrow.flows.workplace import Workplace
+from regrow.infra.secrets import mask_secrets
+from regrow.infra.store import StoreError
 from regrow.infra.tracking import Tracker
+from regrow.tasks import report
 from regrow.tasks.build import Outcome
 from regrow.tasks.headline import headline
 from regrow.tasks.plan import Plan
@@ -20,6 +24,13 @@ from regrow.tasks.stage import Stage
 
 Slots = Callable[[Stage], AbstractContextManager[Any]]
 """What a stage must hold while it is built, such as GPUs."""
+
+Watch = Callable[[Stage], AbstractContextManager[Listener | None]]
+"""What else hears of a stage's progress, while the stage is at work."""
+
+
+def _no_watch(_stage: Stage) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Session:
         tracker: MLflow, or None when the recipe tracks nowhere.
         origin: the run's name and recipe.
         emit: gets each line for people.
+        watch: gives what else hears of a stage's progress.
     """
 
     def __init__(
@@ -52,8 +64,12 @@ class Session:
         tracker: Tracker,
         origin: Origin,
         emit: Callable[[str], None] = say,
+        watch: Watch = _no_watch,
     ) -> None:
         self.plan, self._workplace, self._tracker, self._emit = plan, workplace, tracker, emit
+        self._origin, self._watch = origin, watch
+        self.report_url: str | None = None
+        """Where the run's report is; None before `close`, or when it could not be written."""
         notes = {"recipe": origin.recipe_text, "recipe_name": origin.name}
         self._builder = workplace.builder.noting(notes)
         self._journal = Journal(tracker, workplace.artifacts, origin.name)
@@ -63,7 +79,8 @@ class Session:
         # the stages go on meanwhile.
         self._writer = ThreadPoolExecutor(1, "journal")
         self._pending: list[Future[None]] = []
-        self._note(self._journal.begin, origin.recipe_text, origin.params, origin.tags)
+        page = origin.prefect_page or ""
+        self._note(self._journal.begin, origin.recipe_text, origin.params, origin.tags, page)
 
     def run(self, stage: Stage, slots: Slots = nullcontext) -> Outcome:
         """Build a stage or find it in the store.
@@ -75,10 +92,9 @@ class Session:
         Raises:
             one of `EXPECTED`, which say what is wrong.
         """
-        report = LineReporter(stage.title, self._emit)
-        started: list[str] = []
-
         held = ExitStack()
+        report = LineReporter(stage.title, self._emit, held.enter_context(self._watch(stage)))
+        started: list[str] = []
 
         def tracking() -> dict[str, str]:
             held.enter_context(slots(stage))
@@ -109,7 +125,6 @@ class Session:
             status: "FINISHED", "FAILED" or "KILLED".
         """
         begin = time.monotonic()
-        final = self.outcomes[-1].record if self.outcomes else None
         if status == "FINISHED" and self.plan.register_as and self.plan.publishes(self.outcomes):
             self._note(
                 self._journal.register,
@@ -117,7 +132,8 @@ class Session:
                 self.plan.register_as,
                 self.plan.model,
             )
-        self._note(self._journal.end, list(self.outcomes), status, final)
+        page = self._write_report(status)
+        self._note(self._journal.end, Closing(list(self.outcomes), status, page))
         self._writer.shutdown(wait=True)
         errors = {str(error) for future in self._pending if (error := future.exception())}
         for error in errors:
@@ -126,11 +142,36 @@ class Session:
         if (seconds := time.monotonic() - begin) > 5:
             self._emit(f"(writing to MLflow took {duration(seconds)})")
 
+    def _write_report(self, status: str) -> str:
+        """The run's report, kept in the store too: what a machine holds can be lost with it."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        places = {"store": self._workplace.store_url, "MLflow": self._tracker.uri}
+        if self.prefect_page:
+            places["Prefect"] = self.prefect_page
+        facts = report.RunFacts(
+            self.plan, self.outcomes, status, self._origin.recipe_text, now, places
+        )
+        page = report.page(facts, self._workplace.artifacts.lookup)
+        flow_run = self._origin.tags.get("prefect.flow_run_id", "")[:8]
+        moment = now[:19].replace(":", "")
+        name = f"reports/{self.plan.name}/{moment}-{flow_run or 'run'}.html"
+        store = self._workplace.artifacts.store
+        try:
+            store.write_bytes(name, page.encode())
+        except (StoreError, OSError) as error:
+            self._emit(f"warning: the run's report was not kept in the store: {error}")
+        else:
+            self.report_url = mask_secrets(store.url_of(name))
+        return page
+
     @property
     def run_url(self) -> str | None:
         """The run's page in MLflow, where a server shows it."""
-        parent = self._journal.parent_run_id
-        return self._tracker.run_url(parent) if parent else None
+        return self._journal.run_url
+
+    def stage_url(self, stage: Stage) -> str | None:
+        """The page of a finished stage in MLflow, where a server shows it."""
+        return self._journal.stage_url(stage)
 
     def _note(self, write: Callable[..., Any], *args: Any) -> None:
         self._pending.append(self._writer.submit(write, *args))

@@ -32,11 +32,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def plan_table(loaded: Loaded, workplace: Workplace, plan: Plan) -> str:
     """Per stage: its key, cached or to run, and why."""
     rows = [["stage", "key", "state", "why"]]
-    states: dict[str, str] = {}
-    for stage in plan.stages:
-        states[stage.key] = state = workplace.state(stage)
-        why = "" if state == "cached" else _why(workplace, plan, stage, states)
-        rows.append([stage.title, stage.key[:12], state.partition(":")[0], why or state])
+    rows += ([s["stage"], s["key"][:12], s["state"], s["why"]] for s in plan_rows(workplace, plan))
     recipe = loaded.recipe
     head = [
         f"recipe   {loaded.path}",
@@ -47,7 +43,19 @@ def plan_table(loaded: Loaded, workplace: Workplace, plan: Plan) -> str:
     return "\n".join(head) + table(rows)
 
 
-def _why(workplace: Workplace, plan: Plan, stage: Stage, states: Mapping[str, str]) -> str:
+def plan_rows(workplace: Workplace, plan: Plan) -> list[dict[str, str]]:
+    """Per stage: `stage`, `key`, `state` (cached, damaged or to run) and `why`."""
+    rows, states = [], {}
+    for stage in plan.stages:
+        states[stage.key] = state = workplace.state(stage)
+        why = "" if state == "cached" else why_it_runs(workplace, plan, stage, states)
+        first = state.partition(":")[0]
+        rows.append({"stage": stage.title, "key": stage.key, "state": first, "why": why or state})
+    return rows
+
+
+def why_it_runs(workplace: Workplace, plan: Plan, stage: Stage, states: Mapping[str, str]) -> str:
+    """What has changed since a recipe's stage was last there; `states` by key, this stage's too."""
     state = states[stage.key]
     if state.startswith("damaged"):
         return state
@@ -126,6 +134,8 @@ def end_table(session: Session, workplace: Workplace) -> str:
         if outcome.stage.name == "publish":
             lines.append(f"model    {outcome.record.result['target']}")
     lines.append(f"store    {workplace.store_url}")
+    if session.report_url:
+        lines.append(f"report   {session.report_url}")
     lines.append(f"MLflow   {session.run_url or 'regrow ui'}")
     lines.append(f"Prefect  {session.prefect_page or 'regrow ui'}")
     return "\n".join(lines)

@@ -10,21 +10,37 @@ from prefect.utilities.annotations import quote
 
 from regrow.flows.gpu_slots import gpus_of
 from regrow.flows.session import Session
+from regrow.flows.stopping import PREEMPTED
+from regrow.infra.secrets import mask_secrets, without_secrets
 from regrow.tasks.build import EXPECTED, Outcome
 from regrow.tasks.stage import Stage
+from regrow.tasks.train.attempts import Preempted
 
 
 class StageFailed(RuntimeError):  # noqa: N818 (the name says what is the matter)
     """A stage ended with an expected failure; the message is that of the cause."""
 
 
+class StagePreempted(StageFailed):
+    """A stage stopped in good order before its end; the next run goes on from there."""
+
+
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _run_stage(session: Any, stage: Any) -> Any:
     try:
         outcome = session.run(stage, gpus_of)
+    except Preempted as error:
+        why = StagePreempted(f"{stage.title}: {error}")
+        return Failed(name=PREEMPTED, message=str(error), data=why)
     except EXPECTED as error:
         # A state, not a raise: Prefect would print the traceback of an error that explains itself.
-        return Failed(message=str(error), data=StageFailed(f"{stage.title}: {error}"))
+        why = mask_secrets(str(error))
+        return Failed(message=why, data=StageFailed(f"{stage.title}: {why}"))
+    except Exception as error:
+        told = without_secrets(error)
+        if told is not error:
+            raise told from None
+        raise
     name = "Cached" if outcome.cached else "Completed"
     return Completed(name=name, message=f"key {stage.key[:12]}", data=outcome)
 

@@ -10,8 +10,9 @@ from regrow.flows.commands import explains
 from regrow.flows.progress import say
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactDamaged
-from regrow.infra.housekeeping import Holding, Pins, holdings, reached, unneeded
+from regrow.infra.housekeeping import Holding, holdings, reached, unneeded
 from regrow.infra.lease import Lease
+from regrow.infra.pins import pin, pinned, unpin
 from regrow.infra.settings import load_settings
 from regrow.tasks.headline import headline_of
 from regrow.tasks.stage import StageError
@@ -29,7 +30,7 @@ def store_command(args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace, place: Workplace) -> int:
-    pins = {key: name for name, key in Pins(place.artifacts).names().items()}
+    pins = {key: name for name, key in pinned(place.artifacts.store).items()}
     families = ("stages", "units", "checkpoints") if args.all else ("stages",)
     found = list(holdings(place.artifacts, families))
     rows = [_row(holding, pins.get(holding.key, "")) for holding in found]
@@ -55,7 +56,7 @@ def _verify(args: argparse.Namespace, place: Workplace) -> int:
         why = holding.damage
         if holding.record is not None:
             try:
-                place.artifacts.fetch(holding.record)
+                place.artifacts.verify(holding.record)
             except ArtifactDamaged as damage:
                 why = f"{damage.file}: {damage.why}"
             checked += 1
@@ -69,7 +70,7 @@ def _verify(args: argparse.Namespace, place: Workplace) -> int:
 
 
 def _gc(args: argparse.Namespace, place: Workplace) -> int:
-    pins = Pins(place.artifacts).names()
+    pins = pinned(place.artifacts.store)
     busy = [f"stages/{name}" for name in place.artifacts.store.folders("leases/stages")]
     busy = [key for key in busy if Lease(place.artifacts.store, key, 0).holder()]
     found = unneeded(place.artifacts, pins, busy, timedelta(hours=args.min_age))
@@ -93,14 +94,14 @@ def _pin(args: argparse.Namespace, place: Workplace) -> int:
     name = args.name or _short(record.key)
     if "/" in name or not name.strip():
         raise StageError(f"--name: {name!r} cannot be a file's name; use letters, digits, - and _")
-    Pins(place.artifacts).add(name, record.key)
+    pin(place.artifacts.store, name, record.key)
     count = len(reached(place.artifacts, [record.key]))
     say(f"pinned {_short(record.key)} as {name}: it and the {count - 1} artifacts below it stay")
     return 0
 
 
 def _unpin(args: argparse.Namespace, place: Workplace) -> int:
-    if not Pins(place.artifacts).remove(args.name):
+    if not unpin(place.artifacts.store, args.name):
         raise StageError(f"nothing is pinned as {args.name!r}; see `regrow store ls`")
     say(f"{args.name} is no longer pinned")
     return 0

@@ -27,5 +27,6 @@ def print_schema() -> int:
     """Print the JSON Schema of recipes."""
     from regrow.configs.schema import json_schema
 
-    say(json.dumps(json_schema(), indent=1))
+    # Not by `say`, which would mask what stands behind names such as comet_experiment_key.
+    print(json.dumps(json_schema(), indent=1), flush=True)
     return 0

@@ -1,33 +1,34 @@
-"""A flow that looks at source data and tells Prefect when its content has changed."""
+"""A flow that looks at source data and starts a deployment when its content has changed."""
 
 # No `from __future__ import annotations` here: it breaks Prefect flows that are served.
 import json
 from typing import Any
 
 from prefect import flow
+from prefect.deployments import run_deployment
 from prefect.events import emit_event
+from prefect.runtime import flow_run
 
 from regrow.flows.workplace import Workplace
-from regrow.infra.settings import load_settings
+from regrow.infra.settings import load_settings, quiet_environment
 from regrow.infra.store import expand
 from regrow.tasks.stage import StageError, fingerprint
 
 CHANGED = "regrow.data.changed"
-"""Name of the event."""
-
-
-def resource_of(name: str) -> str:
-    """What the event is about: the data of a deployment."""
-    return f"regrow.data.{name}"
+"""Name of the event, for whoever wants to hear of it."""
 
 
 @flow(name="watch-data", flow_run_name="{name}")
 def watch_source(url: str, name: str, store: str | None = None) -> Any:
     """Compare the content below `url` with what was there before; the first look only remembers.
 
+    Args:
+        name: of the deployment to start.
+
     Raises:
         StageError: when there is nothing at `url`.
     """
+    quiet_environment()  # a worker starts this flow without any command of ours
     place = Workplace(load_settings(), store)
     files = expand(url)
     if not files:
@@ -38,9 +39,18 @@ def watch_source(url: str, name: str, store: str | None = None) -> Any:
     if before == digest:
         return None
     if before is not None:
+        # Started by a call that is answered. An event is sent and forgotten, and a busy server on
+        # SQLite drops some ("database is locked", then its dead letters: seen on two cores).
+        run_deployment(
+            f"finetune/{name}",
+            timeout=0,  # it starts; nobody waits for its end
+            as_subflow=False,
+            tags=[CHANGED],
+            idempotency_key=flow_run.id,
+        )
         payload = {"url": url, "digest": digest}
-        emit_event(CHANGED, {"prefect.resource.id": resource_of(name)}, payload=payload)
-    # After the event: told twice starts a run that finds all its stages done, not told starts none.
+        emit_event(CHANGED, {"prefect.resource.id": f"regrow.data.{name}"}, payload=payload)
+    # Last: told twice starts a run that finds all its stages done, not told starts none.
     place.artifacts.store.write_bytes(note, json.dumps({"digest": digest}).encode())
     return None
 

@@ -16,21 +16,25 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from regrow.infra.cache import LocalCache
 from regrow.infra.digests import DigestMemo, sha256_file
+from regrow.infra.pins import pinned
 from regrow.infra.settings import load_settings
-from regrow.infra.store import Store
+from regrow.infra.store import Store, StoreError
 
 SCHEMA = 1
 """Version of the record's own form; a reader refuses records of a later one."""
 
 _RECORD = "record.json"
+_DOWNLOADS = 3  # of a file whose bytes arrive wrong, before the store's own bytes are blamed
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class ArtifactStore:
 
     def __init__(self, store: Store, cache: Path, memo: DigestMemo | None = None) -> None:
         self.store = store
-        self._cache = cache
+        self._cache = LocalCache(cache, load_settings().cache_bytes)
         self._memo = memo or DigestMemo(None)
 
     @classmethod
@@ -176,11 +180,26 @@ class ArtifactStore:
             # Not by memory: a disk can lose bits without touching a file's time.
             _check_bytes(record, directory, sha256_file)
             return directory
-        self.check(record)
-        target = self._cache / record.key / record.attempt
+        target = self._cache.use(f"{record.key}/{record.attempt}")
         if target.is_dir() and self._is_intact(record, target):
             return target
+        self._check_sizes(record)
         return self._download(record, target)
+
+    def verify(self, record: Record) -> None:
+        """Read all bytes from the store and compare them with the record.
+
+        Raises:
+            ArtifactDamaged: naming the first file that differs.
+        """
+        self._check_sizes(record)
+        if self.store.local is not None:
+            _check_bytes(record, self.store.local / record.key / record.attempt, sha256_file)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name in record.files:  # one at a time: the disk need not hold them all
+                self._get_checked(record, [name], Path(folder))
+                (Path(folder) / name).unlink()
 
     def _is_intact(self, record: Record, directory: Path) -> bool:
         try:
@@ -191,12 +210,10 @@ class ArtifactStore:
         return True
 
     def _download(self, record: Record, target: Path) -> Path:
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-        base = f"{record.key}/{record.attempt}"
+        self._cache.make_room(record.size, lambda: pinned(self.store).values())
+        partial = self._cache.new_partial(f"{record.key}/{record.attempt}")
         try:
-            partial.mkdir(parents=True)
-            self.store.get_files([(f"{base}/{name}", partial / name) for name in record.files])
-            _check_bytes(record, partial, self._memo.sha256)
+            self._get_checked(record, list(record.files), partial)
             partial.rename(target)
         except OSError:
             if not target.is_dir():  # not the race of two readers of one artifact: a real fault
@@ -204,6 +221,18 @@ class ArtifactStore:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
+
+    def _get_checked(self, record: Record, names: Sequence[str], directory: Path) -> None:
+        """Download files and compare their bytes; wrong ones again: the way may be at fault."""
+        base = f"{record.key}/{record.attempt}"
+        sizes = {f"{base}/{name}": entry.size for name, entry in record.files.items()}
+        for _ in range(_DOWNLOADS):
+            pairs = [(f"{base}/{name}", directory / name) for name in names]
+            self.store.get_files(pairs, sizes)
+            names = [n for n in names if sha256_file(directory / n) != record.files[n].sha256]
+            if not names:
+                return
+        raise ArtifactDamaged(record.key, names[0], "the bytes differ from their sha256")
 
     def publish(
         self,
@@ -263,7 +292,11 @@ class ArtifactStore:
         result: Mapping[str, Any],
         provenance: Mapping[str, Any] | None = None,
     ) -> Record:
-        """Make what was uploaded a complete artifact; see `publish`."""
+        """Make what was uploaded a complete artifact; see `publish`.
+
+        Raises:
+            StoreError: when the store has not got all of it.
+        """
         record = Record(
             key=key,
             stage=stage,
@@ -275,6 +308,13 @@ class ArtifactStore:
             provenance=dict(provenance or {}),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        try:
+            self._check_sizes(record)
+        except ArtifactDamaged as damage:
+            why = f"{damage.file}: {damage.why}"
+            raise StoreError(
+                f"{self.store.url}: what was uploaded is not all there ({why}); run again"
+            ) from damage
         return self._settle(record)
 
     def _settle(self, record: Record) -> Record:
@@ -283,7 +323,7 @@ class ArtifactStore:
         if not self.store.create(name, data):
             try:
                 winner = self.lookup(record.key)
-                if winner is not None:
+                if winner is not None and winner.attempt != record.attempt:
                     self.check(winner)
                     self.store.remove(f"{record.key}/{record.attempt}")
                     return winner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -42,32 +41,6 @@ def _holding(artifacts: ArtifactStore, key: str) -> Holding:
         return Holding(key, None, size, f"{damage.file}: {damage.why}")
 
 
-class Pins:
-    """Names for artifacts that must stay, with all that they were made from."""
-
-    def __init__(self, artifacts: ArtifactStore) -> None:
-        self._store = artifacts.store
-
-    def names(self) -> dict[str, str]:
-        """{name: key}."""
-        files = sorted(n for n in self._store.sizes("pins") if n.endswith(".json"))
-        return {
-            name.removesuffix(".json"): json.loads(self._store.read_bytes(f"pins/{name}"))["key"]
-            for name in files
-        }
-
-    def add(self, name: str, key: str) -> None:
-        """Pin an artifact; a name that was another's now means this one."""
-        self._store.write_bytes(f"pins/{name}.json", json.dumps({"key": key}).encode())
-
-    def remove(self, name: str) -> bool:
-        """Unpin; False when there was no such pin."""
-        there = self._store.exists(f"pins/{name}.json")
-        if there:
-            self._store.remove(f"pins/{name}.json")
-        return there
-
-
 def reached(artifacts: ArtifactStore, keys: Sequence[str]) -> set[str]:
     """The keys themselves and those of all artifacts that they were made from."""
     found: set[str] = set()
@@ -96,7 +69,7 @@ def unneeded(
     """What may go: reached from no pin, older than `min_age`, and not being built.
 
     Args:
-        pinned: {name: key}, see `Pins`.
+        pinned: {name: key}, see `pins.pinned`.
         busy: keys that are leased now; they and what they are made from stay.
         min_age: younger artifacts stay, since a run may be about to use them.
     """

@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from regrow.infra import model_copies
+from regrow.infra.store import is_url
+
 _PREFIX = "hub://"
+# What the hub's own downloads allow (HF_HUB_ETAG_TIMEOUT); without one a silent firewall hangs us.
+_ANSWER_SECONDS = 10.0
 
 
 class HubError(ValueError):
@@ -34,12 +39,14 @@ def pin(repo_id: str, revision: str | None, kind: str, key: str) -> str:
         HubError: when neither the hub nor the local cache knows it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        info = HfApi().repo_info(repo_id, revision=revision, repo_type=kind)
+        info = HfApi().repo_info(
+            repo_id, revision=revision, repo_type=kind, timeout=_ANSWER_SECONDS
+        )
         return f"{_PREFIX}{repo_id}@{info.sha}"
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    # No connection is an error of whichever HTTP library this version of the hub's client uses.
+    except Exception as error:
         commit = _cached_commit(repo_id, revision, kind)
         if commit is not None:
             return f"{_PREFIX}{repo_id}@{commit}"
@@ -58,13 +65,15 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def local_directory(place: str, kind: str = "model", patterns: Sequence[str] | None = None) -> Path:
-    """A local directory with the files of a place: the path itself, or a download of the commit.
+    """A local directory with the files of a place: the path itself, or a download of the commit
+    or of what an fsspec URL names.
 
     Raises:
         HubError: when the download fails.
+        StoreError: the same, for a URL.
     """
     if not is_hub_place(place):
-        return Path(place)
+        return model_copies.local_copy(place, patterns) if is_url(place) else Path(place)
     from huggingface_hub import snapshot_download
 
     repo_id, commit = split_place(place)

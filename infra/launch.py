@@ -14,18 +14,23 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import psutil
 
+from regrow.infra.nodes import Nodes
+from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import child_environment
 
 _GRACE_SECONDS = 40  # the agent needs 30 s for workers that ignore SIGTERM (measured: 31 s)
+_POLL_SECONDS = 0.5  # how soon a wish to stop is seen; nobody waits for it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # How torchrun words the end of a rank that a signal ended.
 _SIGNALLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
@@ -52,6 +57,11 @@ def world_size() -> int:
     return int(child_environment().get("WORLD_SIZE") or 1)
 
 
+def local_rank() -> int:
+    """This process's number among those of its machine; 0 without a launcher."""
+    return int(child_environment().get("LOCAL_RANK") or 0)
+
+
 def die_with_parent(death_signal: int = signal.SIGTERM) -> None:
     """Ask the kernel to send `death_signal` to this process when its parent ends (Linux only)."""
     if sys.platform == "linux":
@@ -66,12 +76,17 @@ def run_workers(
     on_line: Callable[[str], None],
     log_path: Path,
     env: Mapping[str, str] | None = None,
+    nodes: Nodes | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Run `python -m module args` in `num_processes` ranks on this machine and wait for the end.
 
     Args:
         on_line: gets each line of output as it comes.
         log_path: all output is appended here too.
+        nodes: the machines whose ranks form one group, each running this function at the same time
+            with as many processes; None: this one alone.
+        stop: ends the ranks when another thread sets it.
 
     Raises:
         WorkerFailed: with the exception of the rank that failed first.
@@ -79,15 +94,11 @@ def run_workers(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder) / "error.json"
-        environment = child_environment(
-            {"TORCHELASTIC_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": _threads(num_processes)}
-            | dict(env or {})
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [sys.executable, "-m", "torch.distributed.run", *_group(nodes)]
         command += [f"--nproc-per-node={num_processes}", "--max-restarts=0", "-m", module, *args]
         agent = subprocess.Popen(
             command,
-            env=environment,
+            env=_environment(error_file, num_processes, env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,13 +108,62 @@ def run_workers(
         )
         try:
             assert agent.stdout is not None
-            with log_path.open("a") as log:
+            with log_path.open("a") as log, _stopped_by(stop, agent):
                 signalled = _stream(agent.stdout, on_line, log)
-            code = agent.wait()
+                code = agent.wait()
         finally:
             stop_tree(agent)
         if code != 0:
             raise _failure(code, error_file, log_path, signalled)
+
+
+def _environment(error_file: Path, num_processes: int, extra: Mapping[str, str]) -> dict[str, str]:
+    own = {"TORCHELASTIC_ERROR_FILE": str(error_file), "OMP_NUM_THREADS": _threads(num_processes)}
+    # The launcher of a cluster may set torchrun's options by variables; ours are all given.
+    found = child_environment({**own, **extra}).items()
+    return {name: value for name, value in found if not name.startswith("PET_")}
+
+
+def _group(nodes: Nodes | None) -> list[str]:
+    """torchrun's arguments for who belongs together."""
+    if nodes is None:
+        return ["--standalone"]
+    return [
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.rank}",
+        f"--master-addr={nodes.address}",
+        f"--master-port={nodes.port}",
+    ]
+
+
+@contextlib.contextmanager
+def _stopped_by(stop: threading.Event | None, agent: subprocess.Popen[str]) -> Iterator[None]:
+    """Inside, the agent and its ranks are ended once `stop` is set."""
+    if stop is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if stop.wait(_POLL_SECONDS):
+                stop_tree(agent)
+                return
+
+    watcher = threading.Thread(target=watch, name="stop-workers", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
 
 
 def _threads(num_processes: int) -> str:
@@ -116,7 +176,8 @@ def _threads(num_processes: int) -> str:
 def _stream(output: IO[str], on_line: Callable[[str], None], log: IO[str]) -> str | None:
     """Pass lines on until the end; the signal that ended a rank, if torchrun names one."""
     signalled = None
-    for line in output:
+    for said in output:
+        line = mask_secrets(said)
         log.write(line)
         log.flush()
         on_line(line.rstrip("\n"))
@@ -152,12 +213,13 @@ def _failure(code: int, error_file: Path, log_path: Path, signalled: str | None)
     if error_file.exists():
         content = json.loads(error_file.read_text())["message"]
         if isinstance(content, str):
-            return WorkerFailed(content, None, content, log_path, signalled)
+            told = mask_secrets(content)
+            return WorkerFailed(told, None, told, log_path, signalled)
         extra = content.get("extraInfo", {})
         return WorkerFailed(
-            content["message"],
+            mask_secrets(content["message"]),
             extra.get("rank"),
-            extra.get("py_callstack", ""),
+            mask_secrets(extra.get("py_callstack", "")),
             log_path,
             signalled,
         )

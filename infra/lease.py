@@ -12,6 +12,7 @@ On a store without conditional writes two builders can believe in one number: bo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -24,7 +25,9 @@ from typing import Any
 
 import psutil
 
-from regrow.infra.store import Store
+from regrow.infra.store import Store, StoreError
+
+_LOG = logging.getLogger(__name__)
 
 # Three heartbeats fit in the lease's time, so that a single slow answer does not lose it.
 _BEATS_PER_LEASE = 3
@@ -125,7 +128,11 @@ class Lease:
             self._thread.join()
             self._thread = None
         if self._number is not None and not self._lost:
-            self._store.write_bytes(self._name(self._number), self._content(released=True))
+            try:
+                self._store.write_bytes(self._name(self._number), self._content(released=True))
+            except (OSError, StoreError) as error:
+                # What was built is published; others wait out the lease's time, no more.
+                _LOG.warning("%s: not given back: %s", self._folder, error)
         self._number = None
 
     def __enter__(self) -> Lease:
@@ -185,10 +192,14 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._seconds / _BEATS_PER_LEASE):
-            newest = self._newest()
-            if newest is not None and newest[0] > (self._number or 0):
-                self._lost = True
-                return
-            self._beats += 1
-            assert self._number is not None
-            self._store.write_bytes(self._name(self._number), self._content())
+            try:
+                newest = self._newest()
+                if newest is not None and newest[0] > (self._number or 0):
+                    self._lost = True
+                    return
+                self._beats += 1
+                assert self._number is not None
+                self._store.write_bytes(self._name(self._number), self._content())
+            except (OSError, StoreError) as error:
+                # The next beat may get through; if none does, a higher number will tell us.
+                _LOG.warning("%s: no heartbeat: %s", self._folder, error)

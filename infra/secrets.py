@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from regrow.infra.settings import environment
 
 MASK = "***"
 
@@ -11,7 +17,7 @@ MASK = "***"
 _SECRET_NAME = (
     r"(?:[\w.-]*[_.-])?(?:api[_-]?key|apikey|access[_-]?key(?:[_-]?id)?|account[_-]?key"
     r"|secret[_-]?key|private[_-]?key|client[_-]?secret|secret|password|passwd|passphrase"
-    r"|credentials?|sas[_-]?token|session[_-]?token|security[_-]?token|auth[_-]?token"
+    r"|credentials?|auth[_-]?string|connection[_-]?string|pgpassword|sas[_-]?token|session[_-]?token|security[_-]?token|auth[_-]?token"
     r"|access[_-]?token|refresh[_-]?token|hub[_-]?token|hf[_-]?token|api[_-]?token"
     r"|(?:wandb|comet|github|gitlab|mlflow|prefect|use_auth)[\w-]*[_-](?:token|key)|bearer)"
 )
@@ -50,9 +56,35 @@ _SIGNED = re.compile(
 )
 
 
+# Shorter values (a user called "admin") would be masked inside of everyday words.
+_SHORTEST_VALUE = 8
+
+
+@functools.cache
 def is_secret_name(name: str) -> bool:
     """Whether a value of this name (of a field, a variable, a parameter) must not be shown."""
     return re.fullmatch(rf"{_SECRET_NAME}|token", name, re.IGNORECASE) is not None
+
+
+def _values(variables: Mapping[str, str]) -> list[str]:
+    """What of these variables must not be shown: secrets by their names, passwords in URLs."""
+    found: set[str] = set()
+    for name, value in variables.items():
+        if is_secret_name(name):
+            # user:password, of which the second is the secret
+            found |= {value, value.partition(":")[2]}
+        elif "@" in value and "://" in value:
+            found |= _password(value)
+    # GOOGLE_APPLICATION_CREDENTIALS and its like name a file.
+    values = [value for value in found if len(value) >= _SHORTEST_VALUE and value[0] not in "/."]
+    return sorted(values, key=len, reverse=True)
+
+
+def _password(url: str) -> set[str]:
+    try:
+        return {urlsplit(url).password or ""}
+    except ValueError:  # no URL after all
+        return set()
 
 
 def _mask_named(match: re.Match[str]) -> str:
@@ -69,9 +101,11 @@ def mask_secrets(text: str) -> str:
     Masked are: values of names such as `hub_token`, `password`, `AWS_SECRET_ACCESS_KEY` (in YAML,
     JSON, `key=value` and query strings), user and password in a URL, signed-URL parameters,
     `Bearer ...` headers, PEM private keys, and strings of a known token shape (`hf_...`,
-    `AKIA...`, `ghp_...`, ...).
-    Masking twice changes nothing more.
+    `AKIA...`, `ghp_...`, ...); and the values that variables of such names have in this process's
+    environment, wherever they stand. Masking twice changes nothing more.
     """
+    for value in _values(environment()):
+        text = text.replace(value, MASK)
     text = _USERINFO.sub(rf"\g<scheme>{MASK}@", text)
     text = _SIGNED.sub(rf"\g<head>{MASK}", text)
     text = _BEARER.sub(rf"\g<kind> {MASK}", text)
@@ -80,3 +114,25 @@ def mask_secrets(text: str) -> str:
     text = _KNOWN_SHAPES.sub(MASK, text)
     text = _BARE_TOKEN.sub(rf"\g<head>{MASK}", text)
     return _NAMED.sub(_mask_named, text)
+
+
+def mask_texts(value: Any) -> Any:
+    """A copy of lists, maps and texts in which secrets are masked, and so are texts by the name of
+    their key."""
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, Mapping):
+        return {
+            key: MASK
+            if isinstance(text, str) and text and is_secret_name(str(key))
+            else mask_texts(text)
+            for key, text in value.items()
+        }
+    return [mask_texts(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def without_secrets(error: Exception) -> Exception:
+    """`error`; where its message holds a secret, another of its kind's name that tells the rest."""
+    text = str(error)
+    masked = mask_secrets(text)
+    return error if masked == text else RuntimeError(f"{type(error).__name__}: {masked}")

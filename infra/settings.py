@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
 # Nothing is sent anywhere unless the user asks. MLflow accepts only the word "true"
 # (measured, shared reference platform.md part 0); Prefect and Hugging Face accept it too.
@@ -14,6 +15,9 @@ _TELEMETRY_OFF = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "false",  # datasets counts each script that it loads
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GRADIO_ANALYTICS_ENABLED": "False",
     # Not telemetry, but said unasked: two lines on standard output for each run that ends.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -41,6 +45,25 @@ _PRIVATE_SERVER = {
 }
 
 
+# The shortest that Prefect allows; its own is 180 s. `regrow deploy` has runs that are silent for
+# more than two of these marked as crashed.
+_HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+
+HOME_OF_DEPLOYMENT = "REGROW_HOME_OF_DEPLOYMENT"
+"""The home of who deployed: used by workers whose own environment names no `REGROW_HOME`."""
+
+# Address -> the variables that hold user and password (one for both: user:password).
+_CREDENTIALS = {
+    "MLFLOW_TRACKING_URI": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "PREFECT_API_URL": ("PREFECT_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"),
+}
+
+_NO_PASSWORD = (
+    "the address holds a password, and addresses are recorded and shown. Take it out, and give it "
+    "to the driver by the driver's own variables or files (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, ~/.ssh/config, ...)"
+)
+
 _PRIVATE = "REGROW_PRIVATE_PREFECT"
 """Set where `PREFECT_API_URL` is a server that we started for one run."""
 
@@ -65,26 +88,42 @@ class Settings:
     """`HF_HUB_OFFLINE`: no request to a model hub is made."""
     lease_seconds: float
     """`REGROW_LEASE_SECONDS`: a builder silent for this long has lost its lease."""
+    cache_bytes: int | None
+    """`REGROW_CACHE_GB`: how much of a remote store may lie here as copies; default: as much as the
+    disk has room for."""
 
 
 def load_settings() -> Settings:
     """The settings of this process; `home` is absolute."""
     env = os.environ
     return Settings(
-        home=Path(env.get("REGROW_HOME") or ".regrow").absolute(),
-        store_url=env.get("REGROW_STORE") or None,
+        home=Path(env.get("REGROW_HOME") or env.get(HOME_OF_DEPLOYMENT) or ".regrow").absolute(),
+        store_url=_without_password("REGROW_STORE"),
         tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
         prefect_api_url=None if _PRIVATE in env else env.get("PREFECT_API_URL") or None,
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         # Three missed heartbeats of ten seconds: the margin Kubernetes leases use by default
         # (leaseDuration is several renew periods).
         lease_seconds=_seconds("REGROW_LEASE_SECONDS", 30),
+        cache_bytes=_gigabytes("REGROW_CACHE_GB"),
     )
+
+
+def s3_endpoint() -> str | None:
+    """`AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`: an S3 server that is not Amazon's."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def environment() -> dict[str, str]:
     """All variables, for the `${NAME}` of a recipe."""
     return dict(os.environ)
+
+
+def _without_password(name: str) -> str | None:
+    address = os.environ.get(name) or None
+    if address and split_credentials(address)[1] is not None:
+        raise SettingError(f"{name}: {_NO_PASSWORD}")
+    return address
 
 
 def _seconds(name: str, default: float) -> float:
@@ -98,14 +137,64 @@ def _seconds(name: str, default: float) -> float:
     return value
 
 
+def _gigabytes(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise SettingError(f"{name}: {text!r} is not a number of gigabytes above 0")
+    return int(value * 1e9)
+
+
 def quiet_environment(private_server: bool = False) -> None:
     """Switch telemetry off, and trim a private Prefect server, where the user said nothing.
 
     Call it before torch is imported: its thread library reads the environment once.
     """
-    defaults = _TELEMETRY_OFF | _POLITE_THREADS | (_PRIVATE_SERVER if private_server else {})
+    defaults = _TELEMETRY_OFF | _POLITE_THREADS | _HEARTBEAT
+    defaults |= _PRIVATE_SERVER if private_server else {}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    _take_credentials_out_of_addresses()
+
+
+def _take_credentials_out_of_addresses() -> None:
+    """Put user and password of a server's address into variables of their own.
+
+    Addresses are shown, on pages and in files; the programs that use them read these variables too.
+    """
+    for name, (user, password) in _CREDENTIALS.items():
+        address = os.environ.get(name, "")
+        bare, given = split_credentials(address)
+        if given is None:
+            continue
+        if address.startswith("postgresql"):
+            os.environ[name] = bare.replace("://", f"://{quote(given[0], safe='')}@", 1)
+            os.environ.setdefault("PGPASSWORD", given[1])
+        elif not address.startswith("http"):
+            raise SettingError(f"{name}: {_NO_PASSWORD}")
+        elif user == password:
+            os.environ[name] = bare
+            os.environ.setdefault(user, ":".join(given))
+        else:
+            os.environ[name] = bare
+            os.environ.setdefault(user, given[0])
+            os.environ.setdefault(password, given[1])
+
+
+def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
+    """An address without user and password, and these two, decoded; None where it has none."""
+    if "@" not in url or "://" not in url:
+        return url, None
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url, None
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return bare, (unquote(parts.username or ""), unquote(parts.password))
 
 
 def use_private_prefect(api_url: str) -> None:

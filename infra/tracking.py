@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.infra import mlflow_values as form
 from regrow.infra.metric_buffer import MetricBuffer, Point
+from regrow.infra.mlflow_values import Dataset, RunInfo
 from regrow.infra.new_database import alone, make_whole
 from regrow.infra.reachable import require_answer
 from regrow.infra.secrets import mask_secrets
@@ -45,19 +45,6 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 class TrackingError(ValueError):
     """MLflow cannot be used as asked; the message names its URI and the remedy."""
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What `Tracker.find_runs` returns of a run."""
-
-    run_id: str
-    name: str
-    status: str
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    """Latest value of each metric."""
 
 
 class _Connection:
@@ -242,14 +229,30 @@ class Tracker:
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Parameters; what is not a string is written as JSON. A parameter cannot be changed."""
-        from mlflow.entities import Param
+        self.log_facts(run_id, params=params)
 
-        items = [Param(*item) for item in form.texts(params, form.PARAM_CHARACTERS).items()]
-        self._log_batches(run_id, "params", items)
+    def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Add or replace tags of a run."""
+        self.log_facts(run_id, tags=tags)
 
-    def _log_batches(self, run_id: str, kind: str, items: Sequence[Any]) -> None:
-        for part in form.parts(items, form.PER_REQUEST[kind]):
-            self._connection.call("log_batch", run_id, **{kind: part})
+    def log_facts(
+        self,
+        run_id: str,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Parameters, metrics and tags of a run in as few requests as MLflow allows."""
+        from mlflow.entities import Param, RunTag
+
+        texts = form.texts(params or {}, form.PARAM_CHARACTERS)
+        notes = form.texts(tags or {}, form.TAG_CHARACTERS)
+        self._log_batches(
+            run_id,
+            params=[Param(*item) for item in texts.items()],
+            metrics=_metrics(metrics or {}, 0),
+            tags=[RunTag(*item) for item in notes.items()],
+        )
 
     def log_metrics(
         self,
@@ -257,32 +260,23 @@ class Tracker:
         metrics: Mapping[str, float],
         step: int = 0,
         model_id: str | None = None,
-        dataset: tuple[str, str] | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
         """Metrics of a run, and, with `model_id`, of a model.
 
         Args:
-            dataset: (name, digest) of the logged dataset that they were measured on; with
-                `model_id`, the model's page lists it.
+            dataset: the logged dataset that they were measured on; with `model_id`, the model's
+                page lists it.
         """
-        from mlflow.entities import Metric
+        name, digest = (dataset.name, dataset.short_digest) if dataset else (None, None)
+        points = _metrics(metrics, step, model_id, name, digest, run_id)
+        self._log_batches(run_id, metrics=points)
 
-        name, digest = (
-            (dataset[0], dataset[1][: form.DIGEST_CHARACTERS]) if dataset else (None, None)
-        )
-        now = time.time_ns() // 1_000_000
-        points = [
-            Metric(form.metric_name(key), float(value), now, step, model_id, name, digest, run_id)
-            for key, value in metrics.items()
-        ]
-        self._log_batches(run_id, "metrics", points)
-
-    def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        """Add or replace tags of a run."""
-        from mlflow.entities import RunTag
-
-        items = [RunTag(*item) for item in form.texts(tags, form.TAG_CHARACTERS).items()]
-        self._log_batches(run_id, "tags", items)
+    def _log_batches(self, run_id: str, **kinds: Sequence[Any]) -> None:
+        parts = {kind: list(form.parts(x, form.PER_REQUEST[kind])) for kind, x in kinds.items()}
+        for i in range(max(map(len, parts.values()))):
+            batch = {kind: part[i] for kind, part in parts.items() if i < len(part)}
+            self._connection.call("log_batch", run_id, **batch)
 
     def log_text(self, run_id: str, text: str, path: str) -> None:
         """A text file at `path` among the run's artifacts; secrets in it are masked."""
@@ -293,57 +287,43 @@ class Tracker:
         assert path.endswith(".html"), path
         self.log_text(run_id, html, path)
 
-    def log_json(self, run_id: str, value: Any, path: str) -> None:
-        """`value` as an indented JSON file."""
-        self.log_text(run_id, json.dumps(value, indent=1, ensure_ascii=False), path)
-
     def log_table(
         self, run_id: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: str
     ) -> None:
         """Rows that MLflow shows as a table, runs side by side; `path` ends in .json."""
-        data = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+        data = {name: [form.masked(row[i]) for row in rows] for i, name in enumerate(columns)}
         self._connection.call("log_table", run_id, data, path)
 
     def log_figure_bytes(self, run_id: str, png_bytes: bytes, path: str) -> None:
         """A PNG image at `path` among the run's artifacts."""
         self._connection.call("log_stream", run_id, io.BytesIO(png_bytes), path)
 
-    def log_dataset(
-        self,
-        run_id: str,
-        name: str,
-        uri: str,
-        digest: str,
-        context: str,
-        profile: Mapping[str, Any],
-    ) -> None:
-        """A dataset that the run read or made.
+    def log_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
+        """Datasets that the run read or made."""
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
 
-        Args:
-            digest: its first 36 characters are kept.
-            context: what it was to the run: "source", "training", "validation", "output", ...
-            profile: flat facts (rows, tokens, ...) that the page prints as `name: value`.
-        """
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        uri = mask_secrets(uri)
-        kind, source = form.dataset_source(uri)
-        facts = json.dumps({**profile, "uri": uri}, ensure_ascii=False, default=str)
-        dataset = Dataset(name, digest[: form.DIGEST_CHARACTERS], kind, source, profile=facts)
-        # "mlflow.data.context" is the tag that mlflow.log_input(context=...) sets.
-        use = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-        self._connection.call("log_inputs", run_id, datasets=[use])
+        uses = []
+        for data in datasets:
+            uri = mask_secrets(data.uri)
+            kind, source = form.dataset_source(uri)
+            facts = json.dumps({**data.facts, "uri": uri}, ensure_ascii=False, default=str)
+            entity = Entity(data.name, data.short_digest, kind, source, profile=facts)
+            # "mlflow.data.context" is the tag that mlflow.log_input(context=...) sets.
+            uses.append(DatasetInput(entity, [InputTag("mlflow.data.context", data.context)]))
+        for part in form.parts(uses, form.PER_REQUEST["datasets"]):
+            self._connection.call("log_inputs", run_id, datasets=part)
 
     def external_model(
         self,
         name: str,
-        run_id: str,
+        run_id: str | None,
         model_type: str,
         uri: str,
         digest: str,
         params: Mapping[str, Any] | None = None,
     ) -> str:
-        """A model whose bytes stay where they are (`uri`), made by a run; its id."""
+        """A model whose bytes stay where they are (`uri`), made by a run if by any; its id."""
         place = {"uri": uri, "digest": digest}
         # The tag by which MLflow knows a model without bytes of its own (create_external_model).
         tags = form.texts({"mlflow.model.isExternal": "true", **place}, form.TAG_CHARACTERS)
@@ -352,6 +332,18 @@ class Tracker:
         model = self._connection.call("create_logged_model", *made)
         self._connection.call("finalize_logged_model", model.model_id, "READY")
         return model.model_id
+
+    def find_model(self, digest: str) -> str | None:
+        """The id of the experiment's external model of that digest."""
+        query = f"tags.digest = {form.quoted(digest)}"
+        options = {"filter_string": query, "max_results": 1}
+        found = self._connection.call("search_logged_models", [self.experiment_id], **options)
+        return found[0].model_id if found else None
+
+    def set_model_tags(self, model_id: str, tags: Mapping[str, Any]) -> None:
+        """Add or replace tags of a logged model."""
+        values = form.texts(tags, form.TAG_CHARACTERS)
+        self._connection.call("set_logged_model_tags", model_id, values)
 
     def link_models(
         self, run_id: str, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
@@ -410,26 +402,42 @@ class Tracker:
         assert status in STATUSES, status
         self._connection.call("set_terminated", run_id, status)
 
-    def find_runs(self, filter_string: str, limit: int = 100) -> list[RunInfo]:
-        """Runs of the experiment, newest first, by MLflow's filter (`tags.stage = 'train'`)."""
-        found = self._connection.call(
-            "search_runs", [self.experiment_id], filter_string, max_results=limit
-        )
+    def find_runs(
+        self, filter_string: str, limit: int = 100, everywhere: bool = False
+    ) -> list[RunInfo]:
+        """Runs, newest first, by MLflow's filter (`tags.stage = 'train'`).
+
+        Args:
+            everywhere: in all experiments, not only in this one.
+        """
+        places = [self.experiment_id]
+        if everywhere:
+            places = [e.experiment_id for e in self._connection.call("search_experiments")]
+        found = self._connection.call("search_runs", places, filter_string, max_results=limit)
         return [_run_info(run) for run in found]
 
-    def run_url(self, run_id: str) -> str | None:
-        """The run's page, or None where no server shows it (SQLite)."""
+    def url(self, page: str) -> str | None:
+        """The full address of one of `mlflow_pages`; None where no server shows it (SQLite)."""
         if not self.uri.startswith(("http://", "https://")):
             return None
-        place = f"#/experiments/{self.experiment_id}/runs/{run_id}"
-        # Else MLflow 3 opens in the mode for chat traces, without models and training runs.
-        return f"{self.uri.rstrip('/')}/{place}?workflowType=machine_learning"
+        return f"{form.without_user(self.uri).rstrip('/')}/{page}"
+
+
+def _metrics(values: Mapping[str, float], step: int, *rest: Any) -> list[Any]:
+    """MLflow's entities; `rest` is model id, dataset name, dataset digest and run id."""
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    return [
+        Metric(form.metric_name(name), float(value), now, step, *rest)
+        for name, value in values.items()
+    ]
 
 
 def _run_info(run: Run) -> RunInfo:
     info, data = run.info, run.data
-    name = info.run_name or ""
-    return RunInfo(info.run_id, name, info.status, data.tags, data.params, data.metrics)
+    facts = (data.tags, data.params, data.metrics, info.experiment_id)
+    return RunInfo(info.run_id, info.run_name or "", info.status, *facts)
 
 
 class MetricsReporter:

@@ -8,6 +8,7 @@ multiple of K; keys and values are not repeated), H head size.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _HALF_TYPES = (torch.bfloat16, torch.float16)  # all that the flash kernels take
 _MAX_FLASH_HEAD = 256  # head sizes of FlashAttention 2 and 3 (their READMEs)
 _FLASH_HEAD_MULTIPLE = 8  # torch's flash kernel refuses other head sizes
+_MAX_FLASH_4_HEAD = 128  # of FlashAttention 4's backward pass (its README)
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,14 @@ def _choose(
         return "per_example", _per_example, ""
     if head_size > _MAX_FLASH_HEAD or head_size % _FLASH_HEAD_MULTIPLE:
         return "per_example", _per_example, f"flash kernels take no head size {head_size}"
-    if _is_installed("flash_attn_interface") and torch.cuda.get_device_capability() == (9, 0):
+    capability = torch.cuda.get_device_capability()
+    # FlashAttention 3 is Hopper's; 4 is Blackwell's, and has no backward pass with a soft cap.
+    fits_4 = head_size <= _MAX_FLASH_4_HEAD and not softcap and capability >= (10, 0)
+    if fits_4 and _is_distributed("flash-attn-4"):
+        return "flash_attn_4", _flash_attn_4, ""
+    if _is_installed("flash_attn_interface") and capability == (9, 0):
         return "flash_attn_3", _flash_attn_3, ""
-    if _is_installed("flash_attn"):
+    if _is_installed("flash_attn") and _is_distributed("flash-attn"):
         return "flash_attn_2", _flash_attn_2, ""
     if softcap:
         return "per_example", _per_example, "a soft cap needs the flash-attn package"
@@ -122,6 +129,15 @@ def _choose(
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _is_distributed(package: str) -> bool:
+    """FlashAttention 2 and 4 install one module name; the packages' names tell them apart."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 # ---- reference, and what runs where no flash kernel does (CPU; float32) ----
@@ -243,6 +259,30 @@ def _flash_attn_3(
     )
 
     return _call_flash(flash_attn_varlen_func, q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+
+
+def _flash_attn_4(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+) -> Tensor:
+    """Its windows are None where those of 2 and 3 are -1, and its result is always a tuple."""
+    from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
+        flash_attn_varlen_func,
+    )
+
+    window = tuple(None if reach < 0 else reach for reach in options.window)
+    out = flash_attn_varlen_func(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=options.max_seqlen,
+        max_seqlen_k=options.max_seqlen,
+        softmax_scale=options.scale,
+        causal=options.causal,
+        window_size=(None, None) if options.sliding_window is None else window,
+    )
+    return out[0]
 
 
 def _call_flash(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from regrow.tasks import lineage_drawing as drawing
 from regrow.tasks.scores import SCORES, Score
 
 # Okabe and Ito, "Color universal design" (2008): told apart by colour-blind readers too.
@@ -109,6 +113,45 @@ def scores_bar(before: Mapping[str, Any], after: Mapping[str, Any]) -> bytes:
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no score is known on both sides", ha="center")
     return _png(figure)
+
+
+def boxes_and_lines(boxes: Sequence[drawing.Box]) -> bytes:
+    """The drawing of `lineage_drawing.svg` as an image, two pixels for each of its own."""
+    plan = drawing.layout(boxes)
+    figure = Figure(figsize=(plan.width / 72, plan.height / 72), dpi=144)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, plan.width), ylim=(plan.height, 0))
+    axes.set_axis_off()
+    for line in plan.lines:
+        axes.add_patch(PathPatch(_path(line), fill=False, edgecolor="#9aa7b5", linewidth=1.5))
+    for box in boxes:
+        x, y = plan.corners[box.id]
+        fill, border = drawing.colors(box)
+        shape: dict[str, Any] = {"facecolor": fill, "edgecolor": border}
+        shape["boxstyle"] = "round,pad=0,rounding_size=6"
+        axes.add_patch(FancyBboxPatch((x, y), *drawing.BOX, **shape))
+        title, key, note = drawing.texts(box)
+        axes.text(x + 10, y + 20, title, fontsize=12, fontweight="bold", parse_math=False)
+        axes.text(x + 10, y + 37, key, fontsize=10, family="monospace", color=_GREY)
+        axes.text(x + 10, y + 54, note, fontsize=9.5, parse_math=False)
+    return _png(figure)
+
+
+def _path(line: str) -> Path:
+    """SVG path data of absolute M, C and H as a matplotlib path."""
+    points: list[tuple[float, float]] = []
+    codes: list[Any] = []
+    for letter, numbers in re.findall(r"([MCH])([^MCH]*)", line):
+        values = [float(number) for number in numbers.split()]
+        if letter == "H":
+            points.append((values[0], points[-1][1]))
+            codes.append(Path.LINETO)
+        else:
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            points += pairs
+            codes += [Path.MOVETO if letter == "M" else Path.CURVE4] * len(pairs)
+    return Path(points, codes)
 
 
 def _score_panel(axes: Axes, score: Score, values: Sequence[float]) -> None:

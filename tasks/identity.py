@@ -6,10 +6,14 @@ weights and their configuration. Must not import torch: a plan is made with this
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from regrow.infra import hub
 from regrow.infra.digests import DigestMemo
+from regrow.infra.model_copies import files_at
+from regrow.infra.store import is_url
 from regrow.tasks.stage import StageError, fingerprint
 
 _TOKENIZER_FILES = (
@@ -28,12 +32,15 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
 def locate(base: str, revision: str | None, key: str = "base_model") -> str:
-    """Where a model or tokenizer is: an absolute local directory, or a pinned hub place.
+    """Where a model or tokenizer is: an absolute local directory, a URL, or a pinned hub place.
 
     Raises:
         StageError: for a local path that is not a directory.
         HubError: when it is neither local nor known to the hub.
+        StoreError: for a URL of a store that refuses or does not answer.
     """
+    if is_url(base):
+        return _at_url(base.rstrip("/"), key)
     path = Path(base).expanduser()
     if path.is_dir():
         return str(path.absolute())
@@ -47,25 +54,34 @@ def locate(base: str, revision: str | None, key: str = "base_model") -> str:
     return hub.pin(base, revision, "model", key)
 
 
+def _at_url(url: str, key: str) -> str:
+    if not files_at(url):
+        raise StageError(
+            f"{key}: there are no files directly below {url}; give the URL of a model's directory, "
+            "and check the credentials that lead there"
+        )
+    return url
+
+
 def tokenizer_digest(place: str, memo: DigestMemo) -> str:
     """Identity of the tokenizer at a place. Raises StageError when there is none."""
     if hub.is_hub_place(place):
         return place
-    files = [path for name in _TOKENIZER_FILES if (path := Path(place) / name).is_file()]
+    there = set(_names(place))
+    files = [name for name in _TOKENIZER_FILES if name in there]
     if not files:
         raise StageError(
             f"{place} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES[:5])}); copy one "
             "there or name another directory with `tokenizer_config`"
         )
-    return _digest_of(files, memo)
+    return _digest_of(place, files, memo)
 
 
 def weights_digest(place: str, memo: DigestMemo) -> str:
     """Identity of weights and configuration at a place. Raises StageError without them."""
     if hub.is_hub_place(place):
         return place
-    files = sorted({path for pattern in _WEIGHT_PATTERNS for path in Path(place).glob(pattern)})
-    names = {path.name for path in files}
+    names = {n for n in _names(place) if any(fnmatch(n, each) for each in _WEIGHT_PATTERNS)}
     if "config.json" not in names:
         raise StageError(f"base_model: {place} holds no config.json, so it is not a model")
     if names == {"config.json"}:
@@ -73,22 +89,30 @@ def weights_digest(place: str, memo: DigestMemo) -> str:
             f"base_model: {place} holds no .safetensors file; other weight formats are not read. "
             "Convert it once with Transformers: from_pretrained(...).save_pretrained(...)"
         )
-    return _digest_of(files, memo)
+    return _digest_of(place, names, memo)
 
 
 def adapter_digest(place: str, memo: DigestMemo) -> str:
     """Identity of the adapter at a place. Raises StageError when there is none."""
     if hub.is_hub_place(place):
         return place
-    files = [Path(place) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-    missing = [path.name for path in files if not path.is_file()]
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    there = set(_names(place))
+    missing = [name for name in files if name not in there]
     if missing:
         raise StageError(
             f"lora_model_dir: {place} holds no {' and no '.join(missing)}; give the directory of "
             "an adapter as PEFT stores it"
         )
-    return _digest_of(files, memo)
+    return _digest_of(place, files, memo)
 
 
-def _digest_of(files: list[Path], memo: DigestMemo) -> str:
-    return fingerprint({path.name: memo.sha256(path) for path in files})
+def _names(place: str) -> list[str]:
+    """Names of the files directly in a directory or below a URL."""
+    if is_url(place):
+        return files_at(place)
+    return [path.name for path in Path(place).iterdir() if path.is_file()]
+
+
+def _digest_of(place: str, names: Iterable[str], memo: DigestMemo) -> str:
+    return fingerprint({name: memo.sha256(f"{place}/{name}") for name in sorted(names)})

@@ -34,6 +34,8 @@ class Node:
     inputs: tuple[str, ...] = ()
     """Ids of what it was made from."""
     record: Record | None = None
+    place: str = ""
+    """Where a source was read from, without passwords."""
 
     @property
     def short_key(self) -> str:
@@ -62,7 +64,7 @@ def _visit(record: Record, role: str, lookup: Lookup, nodes: dict[str, Node]) ->
             else:
                 _visit(found, name, lookup, nodes)
         inputs.append(full)
-    for source in _sources(record):
+    for source in outside(record.spec, record.provenance.get("placement")):
         nodes.setdefault(source.id, source)
         inputs.append(source.id)
     key = record.key.rpartition("/")[2]
@@ -87,12 +89,17 @@ def _with_distinct_titles(nodes: list[Node]) -> list[Node]:
     return named
 
 
-def _sources(record: Record) -> Iterator[Node]:
-    """What a stage read that no stage made: source files, tokenizer, base model."""
-    spec = record.spec if isinstance(record.spec, Mapping) else {}
-    placement = record.provenance.get("placement") or {}
+def outside(spec: Any, placement: Any) -> Iterator[Node]:
+    """What a stage read that no stage made: source files, tokenizer, base model.
+
+    Args:
+        spec, placement: as a record holds them, plain data.
+    """
+    spec = spec if isinstance(spec, Mapping) else {}
+    placement = placement if isinstance(placement, Mapping) else {}
     places = placement.get("locations") or {}
-    for digest in dict.fromkeys(_file_digests(spec)):
+    files = (spec.get("datasets"), spec.get("test_datasets"))
+    for digest in dict.fromkeys(_file_digests(files)):
         yield _source("data", digest, places.get(digest, ""))
     if spec.get("tokenizer"):
         yield _source("tokenizer", spec["tokenizer"], placement.get("tokenizer_path"))
@@ -101,16 +108,22 @@ def _sources(record: Record) -> Iterator[Node]:
         yield _source("base model", weights, placement.get("base_model"))
 
 
-def _file_digests(spec: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("datasets", "test_datasets"):
-        for dataset in spec.get(name) or ():
-            for file in dataset.get("files") or ():
-                yield file["sha256"]
+def _file_digests(value: Any) -> Iterator[str]:
+    """The sha256 of every file that is named anywhere below: a dataset has parts with files."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("sha256"), str):
+            yield value["sha256"]
+        for item in value.values():
+            yield from _file_digests(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _file_digests(item)
 
 
 def _source(kind: str, digest: str, place: str | None) -> Node:
-    name = PurePosixPath(mask_secrets(place)).name if place else ""
-    return Node(f"{kind}:{digest}", kind, digest, name)
+    place = mask_secrets(place) if place else ""
+    name = PurePosixPath(place).name
+    return Node(f"{kind}:{digest}", kind, digest, name, place=place)
 
 
 def tree(record: Record, lookup: Lookup) -> str:
@@ -152,6 +165,16 @@ an artifact: equal keys, equal results.</p>
 <th></th></tr>
 {rows}</table></body></html>
 """
+
+
+def drawing(record: Record, lookup: Lookup) -> str:
+    """The lineage as an `<svg>` element, which loads nothing."""
+    return mask_secrets(svg(boxes(record, lookup)))
+
+
+def boxes(record: Record, lookup: Lookup) -> list[Box]:
+    """The lineage as boxes to draw."""
+    return [_box(node) for node in graph(record, lookup)]
 
 
 def html(record: Record, lookup: Lookup) -> str:

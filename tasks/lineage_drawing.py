@@ -14,6 +14,8 @@ _WIDTH, _HEIGHT, _LANE = 210, 64, 8  # of a box, and the height of a lane, in pi
 _GAP_X, _GAP_Y, _MARGIN = 60, 20, 8
 _NOTE_CHARACTERS = 34  # of 11 px text in a box of that width
 
+BOX = (_WIDTH, _HEIGHT)
+
 Place = tuple[str, int]
 """A box's id, or that of the box a passing line comes from, and a column."""
 
@@ -33,8 +35,20 @@ class Box:
     """Drawn as something that no stage made."""
 
 
-def svg(boxes: Sequence[Box]) -> str:
-    """The drawing as an `<svg>` element; it loads nothing."""
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is, in pixels from the upper left corner."""
+
+    width: int
+    height: int
+    corners: Mapping[str, tuple[int, int]]
+    """Upper left corner of each box; all are `BOX` wide and high."""
+    lines: Sequence[str]
+    """Path data, as SVG has it, with absolute M, C and H only."""
+
+
+def layout(boxes: Sequence[Box]) -> Layout:
+    """Place boxes and lines."""
     columns = _columns(boxes)
     paths = [
         [(source, c) for c in range(columns[source], columns[box.id])] + [(box.id, columns[box.id])]
@@ -44,12 +58,22 @@ def svg(boxes: Sequence[Box]) -> str:
     corners = _corners([(box.id, columns[box.id]) for box in boxes], paths)
     right = max(x for x, _ in corners.values()) + _WIDTH + _MARGIN
     bottom = max(y for _, y in corners.values()) + _HEIGHT + _MARGIN
-    lines = "".join(_line(path, corners) for path in paths)
-    shapes = "".join(_box(box, *corners[(box.id, columns[box.id])]) for box in boxes)
+    lines = [_line(path, corners) for path in paths]
+    places = {box.id: corners[(box.id, columns[box.id])] for box in boxes}
+    return Layout(right, bottom, places, lines)
+
+
+def svg(boxes: Sequence[Box]) -> str:
+    """The drawing as an `<svg>` element; it loads nothing."""
+    plan = layout(boxes)
+    lines = "".join(
+        f'<path d="{line}" fill="none" stroke="#9aa7b5" stroke-width="1.5"/>' for line in plan.lines
+    )
+    shapes = "".join(_box(box, *plan.corners[box.id]) for box in boxes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{bottom}" '
-        f'style="max-width: {right}px" '
-        f'viewBox="0 0 {right} {bottom}" font-family="system-ui, sans-serif" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{plan.width}" height="{plan.height}" '
+        f'style="max-width: {plan.width}px" '
+        f'viewBox="0 0 {plan.width} {plan.height}" font-family="system-ui, sans-serif" role="img">'
         f"{lines}{shapes}</svg>"
     )
 
@@ -110,14 +134,25 @@ def _line(path: Sequence[Place], corners: Mapping[Place, tuple[int, int]]) -> st
         if not last:
             drawn.append(f"H{left + _WIDTH}")
         x, y = left + _WIDTH, centre
-    return f'<path d="{" ".join(drawn)}" fill="none" stroke="#9aa7b5" stroke-width="1.5"/>'
+    return " ".join(drawn)
 
 
-def _box(box: Box, x: int, y: int) -> str:
-    fill, border = ("#f4f1ea", "#8a7a55") if box.outside else ("#e8f1fa", "#0072b2")
+def colors(box: Box) -> tuple[str, str]:
+    """Fill and border."""
+    return ("#f4f1ea", "#8a7a55") if box.outside else ("#e8f1fa", "#0072b2")
+
+
+def texts(box: Box) -> tuple[str, str, str]:
+    """Title, key and note as they fit into the box."""
     title, key, note = box.lines
     if len(note) > _NOTE_CHARACTERS:
         note = note[: _NOTE_CHARACTERS - 1] + "…"
+    return title, key, note
+
+
+def _box(box: Box, x: int, y: int) -> str:
+    fill, border = colors(box)
+    title, key, note = texts(box)
     return (
         f"<g><title>{escape(box.hint)}</title>"
         f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" '

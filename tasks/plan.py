@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.configs.recipe import Recipe
-from regrow.infra import provenance
+from regrow.infra.devices import local_gpus
 from regrow.infra.digests import DigestMemo
 from regrow.tasks import identity
 from regrow.tasks.build import Outcome
 from regrow.tasks.evaluate import spec as evaluate
+from regrow.tasks.forecast.forecast import local_device, placement_of
 from regrow.tasks.merge import spec as merge
 from regrow.tasks.prepare import sources
 from regrow.tasks.prepare import spec as prepare
@@ -131,7 +132,9 @@ def _train_stage(
         spec=train.TrainSpec.from_recipe(recipe, weights, start_digest),
         runner="regrow.tasks.train.run:run",
         inputs={"prepare": prepared},
-        placement=train.TrainPlacement.from_recipe(recipe, model, _local_gpus(), start),
+        placement=train.TrainPlacement.from_recipe(
+            recipe, model, _processes(), start, _micro_batch(recipe, model)
+        ),
     )
 
 
@@ -197,6 +200,14 @@ def _evaluate_stage(
     )
 
 
-def _local_gpus() -> int:
-    """GPUs of this machine, found without loading torch; at least 1 (the CPU counts as one)."""
-    return max(1, len(provenance.gpus()))
+def _processes() -> int:
+    """One for each GPU of this machine, found without loading torch; 1 where there is none."""
+    return max(1, len(local_gpus()))
+
+
+def _micro_batch(recipe: Recipe, model: str) -> int | None:
+    """What `micro_batch_size: auto` means on this machine's GPUs; None where it is a number."""
+    if recipe.micro_batch_size != "auto":
+        return None
+    processes = recipe.num_processes or _processes()
+    return placement_of(recipe, model, local_device(), processes).micro_batch

@@ -177,6 +177,16 @@ def unfrozen_patterns_are_valid(recipe: Recipe, given: frozenset[str]) -> Iterat
             yield ("unfrozen_parameters",), why, "Name parameters, such as ^lm_head"
 
 
+@rule("unfrozen_parameters", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+def frozen_beginnings_keep_gradients(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """torch's older checkpointing finds no gradient behind inputs that need none, such as those of
+    frozen embeddings."""
+    kwargs = recipe.gradient_checkpointing_kwargs
+    if recipe.unfrozen_parameters and recipe.gradient_checkpointing and kwargs.use_reentrant:
+        why = "with `unfrozen_parameters` it would lose gradients behind frozen layers"
+        yield ("gradient_checkpointing_kwargs", "use_reentrant"), why, "Use false"
+
+
 @rule("adapter", "load_in_4bit", "load_in_8bit")
 def quantized_weights_are_not_trained(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Quantized weights cannot be trained themselves, and not in two ways at once."""
@@ -201,5 +211,6 @@ RULES = (
     layers_are_counted_in_a_list,
     an_adapter_has_its_own_choice,
     unfrozen_patterns_are_valid,
+    frozen_beginnings_keep_gradients,
     quantized_weights_are_not_trained,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regrow.configs.rules import adapter, batch, data, model, parallel, schedule
+from regrow.configs.rules import adapter, batch, data, model, parallel, reporting, schedule
 from regrow.configs.rules.rule import Rule
 
 ALL_RULES: tuple[Rule, ...] = (
@@ -12,4 +12,5 @@ ALL_RULES: tuple[Rule, ...] = (
     *adapter.RULES,
     *model.RULES,
     *parallel.RULES,
+    *reporting.RULES,
 )

@@ -23,7 +23,9 @@ def the_global_batch_is_said(recipe: Recipe, given: frozenset[str]) -> Iterator[
 @rule(*_KEYS)
 def the_batch_keys_agree(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """batch_size is micro_batch_size * gradient_accumulation_steps where all three are given."""
-    product = recipe.micro_batch_size * recipe.gradient_accumulation_steps
+    product = recipe.rows_at_once * recipe.gradient_accumulation_steps
+    if recipe.micro_batch_size == "auto":
+        return
     if given.issuperset(_KEYS) and recipe.batch_size != product:
         why = f"micro_batch_size * gradient_accumulation_steps is {product}"
         yield ("batch_size",), why, "Keep `batch_size` or `gradient_accumulation_steps`"
@@ -35,13 +37,25 @@ def the_batch_divides_evenly(recipe: Recipe, given: frozenset[str]) -> Iterator[
     others = [key for key in _KEYS[:2] if key in given]
     if recipe.batch_size and len(others) == 1:
         key, part = others[0], getattr(recipe, others[0])
-        if recipe.batch_size % part:
+        if part != "auto" and recipe.batch_size % part:
             why = f"it is no multiple of {key}, {part}"
             yield ("batch_size",), why, f"Use {max(1, recipe.batch_size // part) * part}"
+
+
+@rule(*_KEYS)
+def a_chosen_micro_batch_needs_the_global_batch(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Breach]:
+    """A micro-batch that each machine chooses for itself must not decide the global batch."""
+    key = "gradient_accumulation_steps"
+    if recipe.micro_batch_size == "auto" and key in given:
+        why = "with `micro_batch_size: auto` it would make the global batch another on each machine"
+        yield (key,), why, "Give `batch_size` in its place"
 
 
 RULES = (
     the_global_batch_is_said,
     the_batch_keys_agree,
     the_batch_divides_evenly,
+    a_chosen_micro_batch_needs_the_global_batch,
 )

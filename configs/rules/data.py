@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from regrow.configs.faults import Path
+from regrow.configs.local_paths import is_one_file
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
 from regrow.configs.sections.answer_types import (
@@ -32,7 +32,6 @@ from regrow.configs.sections.dataset_types import (
 )
 
 _KINDS = ("datasets", "test_datasets")
-_USERINFO = re.compile(r"://[^/@\s]*@")
 
 
 def _entries(recipe: Recipe) -> Iterator[tuple[Path, Dataset]]:
@@ -76,6 +75,16 @@ def shards_and_index_fit(recipe: Recipe, given: frozenset[str]) -> Iterator[Brea
         elif entry.shards_idx >= entry.shards:
             why = f"with shards: {entry.shards} the last one is {entry.shards - 1}"
             yield (*path, "shards_idx"), why, f"Use 0 to {entry.shards - 1}"
+
+
+@rule(*_KINDS)
+def files_named_have_no_splits(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A split chooses among a dataset's files; files that the recipe names are all read."""
+    for path, entry in _entries(recipe):
+        names = {part.partition("[")[0].strip() for part in entry.split.split("+")}
+        if names != {"train"} and is_one_file(entry.path, entry.data_files):
+            why = "the recipe names the files itself, and there is no split to choose among them"
+            yield (*path, "split"), why, "Remove it, or write train[:10%] for some of the rows"
 
 
 @rule("dataset_shard_num", "dataset_shard_idx")
@@ -286,26 +295,12 @@ def some_length_is_left(recipe: Recipe, given: frozenset[str]) -> Iterator[Breac
         yield ("min_sample_len",), why, "Lower it"
 
 
-@rule(*_KINDS, "store", "mlflow_tracking_uri", "output_dir", "deepspeed")
-def no_passwords_in_addresses(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """A recipe is recorded as it is, so it must hold no secret."""
-    places: list[tuple[Path, str | None]] = [
-        (("store",), recipe.store),
-        (("mlflow_tracking_uri",), recipe.mlflow_tracking_uri),
-        (("output_dir",), recipe.output_dir),
-        *(((*path, "path"), entry.path) for path, entry in _entries(recipe)),
-    ]
-    for path, address in places:
-        if address and _USERINFO.search(address):
-            why = "secrets do not belong into a recipe, which is recorded"
-            yield path, why, "Put user and password into the environment"
-
-
 RULES = (
     there_is_training_data,
     validation_data_is_said_once,
     val_set_size_is_a_share_or_a_number,
     shards_and_index_fit,
+    files_named_have_no_splits,
     dataset_shard_and_index_fit,
     validation_examples_count_once,
     a_stream_has_an_end,
@@ -322,5 +317,4 @@ RULES = (
     jinja_templates_have_text,
     chat_templates_are_known,
     some_length_is_left,
-    no_passwords_in_addresses,
 )

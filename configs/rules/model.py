@@ -1,4 +1,4 @@
-"""Rules about number formats and what the model is."""
+"""Rules about what the model is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from collections.abc import Iterator
 
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
-
-
-@rule("fp16")
-def float16_is_refused(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """float16 needs loss scaling; every GPU since Ampere, and every CPU, has bfloat16."""
-    if recipe.fp16:
-        yield ("fp16",), "training in float16 is not here", "Use `bf16: true`"
 
 
 @rule("model_type")
@@ -43,7 +36,6 @@ def the_model_has_its_own_config(recipe: Recipe, given: frozenset[str]) -> Itera
 
 RULES = (
     the_model_has_its_own_config,
-    float16_is_refused,
     only_causal_language_models,
     tokenizer_classes_are_tokenizers,
 )

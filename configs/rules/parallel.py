@@ -39,9 +39,41 @@ def int8_weights_are_not_sharded(recipe: Recipe, given: frozenset[str]) -> Itera
         yield ("load_in_8bit",), "FSDP cannot shard int8 weights", "Use `load_in_4bit` or DeepSpeed"
 
 
+@rule("fsdp_config")
+def sizes_have_a_number(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """SIZE_BASED_WRAP gathers so many parameters at a time."""
+    config = recipe.fsdp_config
+    if config and config.auto_wrap_policy == "SIZE_BASED_WRAP" and not config.min_num_params:
+        why = "`min_num_params` says how many parameters are gathered at a time, and is not given"
+        yield ("fsdp_config", "auto_wrap_policy"), why, "Add it, such as 100000000"
+
+
+@rule("optimizer", "deepspeed")
+def muon_sees_whole_matrices(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """DeepSpeed hands optimizers flat pieces; Muon needs matrices."""
+    if recipe.optimizer == "muon" and recipe.deepspeed:
+        why = "`deepspeed` flattens the matrices that muon needs whole"
+        yield ("optimizer",), why, "Use adamw_torch_fused, or `fsdp_config` for `deepspeed`"
+
+
+@rule("optimizer", "fsdp_config")
+def int8_states_are_not_sharded(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """bitsandbytes' kernels take plain tensors, not those that FSDP2 shards."""
+    if recipe.fsdp_config is not None and recipe.optimizer in _PLAIN_TENSORS:
+        why = "bitsandbytes' optimizers cannot take the tensors that FSDP2 shards"
+        yield ("optimizer",), why, f"Use {_PLAIN_TENSORS[recipe.optimizer]}"
+
+
+_PLAIN_TENSORS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_torch_8bit"}
+"""Optimizers that Axolotl refuses with FSDP2, and torchao's that stand in for them."""
+
+
 RULES = (
     one_way_of_sharding,
     sizes_need_fsdp,
     sizes_multiply_to_the_processes,
     int8_weights_are_not_sharded,
+    sizes_have_a_number,
+    muon_sees_whole_matrices,
+    int8_states_are_not_sharded,
 )

@@ -104,6 +104,7 @@ _OF_MASKS = (
 _OF_MESSAGES = (
     *("field_messages", "field_tools", "message_property_mappings", "roles", "split_thinking"),
     *("template_thinking_key", "drop_system_message", *_OF_MASKS),
+    *("message_field_role", "message_field_content", "field_thinking"),  # their older names
 )
 _OF_STEPS = ("step_separator", "max_completion_length", "train_on_last_step_only")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from regrow.configs.sections.section import Count, Positive, Section, Texts, Whole
+from regrow.configs.kernels import KernelName
+from regrow.configs.sections.section import Count, NotNegative, Positive, Section, Texts, Whole
 
 
 class FsdpConfig(Section):
@@ -53,9 +54,27 @@ class ParallelSection(Section):
     num_processes: Count | None = None
     """Training processes on each machine. Default: one for each GPU, or 1."""
 
+    launcher: Literal["torchrun", "ray"] = "torchrun"
+    """What starts training processes: torchrun, on this machine and on those that its environment
+    names (see the README on several machines); or workers of an existing Ray cluster. Default
+    torchrun."""
+
+    ray_num_workers: Count | None = None
+    """With `launcher: ray`: workers, each of which runs `num_processes` (by default one for each of
+    its GPUs). Default: one for each machine of the cluster."""
+
+    resources_per_worker: dict[str, NotNegative] = {"GPU": 1}
+    """With `launcher: ray`: what Ray reserves for each worker, in Ray's names. Default one GPU."""
+
     store: str | None = None
     """Root URL of the artifact store: a directory, `s3://`, `gs://`, `az://`, ... Default: the
     setting of the installation."""
+
+    kernels: Literal["auto", "off"] | tuple[KernelName, ...] = "auto"
+    """Which of Regrow's kernels compute the model: `auto`, all of them on a GPU and none elsewhere;
+    `off`; or a list of `attention` (Q, K, V and output with LoRA, rotary embedding), `mlp` (the
+    gated MLP with LoRA), `experts`, `rms_norm` and `cross_entropy` (the head on supervised tokens
+    alone). The result is the same up to rounding. Default `auto`."""
 
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's configuration: in place, as the path of a JSON file, or as the name of one that

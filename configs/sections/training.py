@@ -56,9 +56,11 @@ class GradientCheckpointingKwargs(Section):
 class TrainingSection(Section):
     """How the weights are trained."""
 
-    micro_batch_size: Count = 1
+    micro_batch_size: Literal["auto"] | Count = 1
     """Rows in one forward pass on one device. Placement: never changes the result while
-    `batch_size` or the product with `gradient_accumulation_steps` stays. Default 1, Axolotl's."""
+    `batch_size` or the product with `gradient_accumulation_steps` stays. `auto`: as many as are
+    computed to fit the GPU (`regrow plan`), 1 where none is known; needs `batch_size`. Default 1,
+    Axolotl's."""
 
     gradient_accumulation_steps: Count = 1
     """Forward passes before each step of the optimizer. The global batch is this times
@@ -209,16 +211,15 @@ class TrainingSection(Section):
     """Compute in bfloat16; false: float32. `auto` and `full` mean true, on every machine. Default
     `auto`, Axolotl's."""
 
-    fp16: bool = False
-    """Compute in float16 (not here: use `bf16`)."""
-
     tf32: Literal["auto"] | bool = "auto"
     """Let float32 matrix products use TF32 where the GPU has it; `auto` means true. Default `auto`,
     Axolotl's."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "selective", "offload"] | bool = False
     """Recompute activations in the backward pass: less memory, about a third more time; the same
-    gradients. Default false, Axolotl's."""
+    gradients. `selective`: all but attention's results; `offload`: the layers' inputs wait in the
+    host's memory; `auto`: as little as the GPU's memory allows, which `regrow plan` foretells.
+    Default false, Axolotl's."""
 
     gradient_checkpointing_kwargs: GradientCheckpointingKwargs = GradientCheckpointingKwargs()
     """How: `use_reentrant`."""

@@ -59,6 +59,6 @@ class EvaluatePlacement:
         """The placement for a base model at a known place, or (None) for an input stage's model."""
         return cls(
             base_model=base_model,
-            rows_per_batch=recipe.eval_batch_size or recipe.micro_batch_size,
+            rows_per_batch=recipe.eval_batch_size or recipe.rows_at_once,
             trust_remote_code=recipe.trust_remote_code,
         )

@@ -11,6 +11,9 @@ import torch
 IGNORED = -100
 """The label of a token that is not learnt (torch's `ignore_index` default)."""
 
+SUPERVISED_ROWS = "supervised_rows"
+"""Key of the positions whose next token is learnt: what the loss head multiplies."""
+
 _DUMMY_TOKENS = 8  # of a batch without rows; any small number does, 8 keeps kernels aligned
 
 
@@ -26,21 +29,26 @@ class PackedRow(Protocol):
 
 
 def flatten(
-    rows: Sequence[PackedRow], pad_to: int | None = None, pad_token_id: int = 0
+    rows: Sequence[PackedRow],
+    pad_to: int | None = None,
+    pad_token_id: int = 0,
+    multiple_of: int = 1,
 ) -> dict[str, Any]:
     """The rows, one after the other, as the keyword arguments of a Transformers model.
 
     Returns `input_ids`, `labels` and `position_ids` as int64 [1, T]; `cu_seq_lens_q` and
-    `cu_seq_lens_k` as int32 [examples + 1]; `max_length_q` and `max_length_k` as int. Labels are
-    not shifted (the model does that). Padding up to `pad_to` tokens is one more segment without
-    labels. No rows at all give a short batch of padding: a loss of zero with zero gradients.
+    `cu_seq_lens_k` as int32 [examples + 1]; `max_length_q` and `max_length_k` as int;
+    `supervised_rows`, int64: positions whose next token is learnt, found here so that no device
+    need be waited for. Labels are not shifted (the model does that). Padding up to `pad_to` tokens,
+    or to a multiple of `multiple_of`, is one more segment without labels. No rows at all give a
+    short batch of padding: a loss of zero with zero gradients.
 
     Raises:
         ValueError: when the rows hold more than `pad_to` tokens.
     """
     lengths = [int(length) for row in rows for length in row.seq_lens]
     tokens = sum(lengths)
-    padding = _padding(tokens, pad_to)
+    padding = _padding(tokens, pad_to, multiple_of)
     input_ids = np.full(tokens + padding, pad_token_id, dtype=np.int64)
     labels = np.full(tokens + padding, IGNORED, dtype=np.int64)
     if rows:
@@ -63,12 +71,13 @@ def flatten(
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
+        SUPERVISED_ROWS: torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
     }
 
 
-def _padding(tokens: int, pad_to: int | None) -> int:
+def _padding(tokens: int, pad_to: int | None, multiple_of: int) -> int:
     if pad_to is None:
-        return 0 if tokens else _DUMMY_TOKENS
+        return -tokens % multiple_of if tokens else max(_DUMMY_TOKENS, multiple_of)
     if tokens > pad_to:
         raise ValueError(f"the rows hold {tokens} tokens, more than pad_to={pad_to}")
     return pad_to - tokens

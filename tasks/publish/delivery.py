@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.infra.store import Store
+from regrow.infra.store import Store, StoreError
 from regrow.tasks.stage import Reporter, StageError
 
 CARD = "README.md"
@@ -39,7 +39,7 @@ def deliver(target: str, files: Mapping[str, Path], card: str, report: Reporter)
         sizes[CARD] = len(card.encode())
         store.write_bytes(MANIFEST, json.dumps(sizes, indent=1).encode())
         store.write_bytes(CARD, card.encode())
-    except OSError as error:
+    except (OSError, StoreError) as error:
         raise StageError(
             f"output_dir: cannot write to {target}: {error}. Check the path, the permissions and "
             "the free space, or name another output_dir"

@@ -13,6 +13,7 @@ from typing import Any
 
 from regrow.infra import hub
 from regrow.infra.provenance import package_versions
+from regrow.infra.store import is_url
 from regrow.tasks.headline import headline
 from regrow.tasks.publish.card import Card, known_license
 from regrow.tasks.publish.delivery import CARD, deliver
@@ -48,9 +49,11 @@ def run(job: StageJob) -> dict[str, Any]:
 
 
 def _require_other_place(target: str | None, base_model: str | None) -> None:
-    if target is None or base_model is None or "://" in target or hub.is_hub_place(base_model):
+    if target is None or base_model is None or hub.is_hub_place(base_model):
         return
-    if Path(target).resolve() == Path(base_model).resolve():
+    urls = is_url(target) or is_url(base_model)
+    same = target.rstrip("/") == base_model.rstrip("/") if urls else None
+    if same or (same is None and Path(target).resolve() == Path(base_model).resolve()):
         raise StageError(
             f"output_dir: {target} is the base model's own directory, which would be overwritten; "
             "name another"

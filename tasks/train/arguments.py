@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from regrow.tasks.modeling.recompute import checkpoint_arguments
 from regrow.tasks.stage import StageError
+from regrow.tasks.train.devices import check_devices, devices_here
 from regrow.tasks.train.optimizers import check_optimizer, transformers_arguments
 from regrow.tasks.train.parallel import parallel_settings
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
@@ -39,6 +41,7 @@ def training_arguments(
     Raises:
         StageError: for a setting that Transformers refuses.
     """
+    check_devices(spec, placement, devices_here())
     check_optimizer(spec)
     if spec.quantization:
         spec.quantization.config()  # its package is missed now, not after the model is read
@@ -60,14 +63,13 @@ def training_arguments(
         "save_strategy": "no",
         "save_only_model": True,  # the rest is saved by `SaveCheckpoints`
         "logging_nan_inf_filter": False,
-        "report_to": [],
+        **placement.reporters.settings(_known()),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": use_cpu(placement.device),
         "ddp_find_unused_parameters": False,
         "dataloader_num_workers": placement.dataloader_num_workers,
-        **_checkpointing(placement),
         **parallel_settings(spec, placement),
     }
     try:
@@ -94,11 +96,19 @@ def with_steps(
     return args
 
 
-def _checkpointing(placement: TrainPlacement) -> dict[str, Any]:
-    """Transformers 5.23 renamed gradient_checkpointing to activation_checkpointing."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    prefix = "activation" if "activation_checkpointing" in known else "gradient"
-    return {
-        f"{prefix}_checkpointing": placement.gradient_checkpointing,
-        f"{prefix}_checkpointing_kwargs": {"use_reentrant": placement.use_reentrant},
-    }
+def with_checkpointing(
+    args: TrainingArguments, policy: str, use_reentrant: bool
+) -> TrainingArguments:
+    """The arguments with what is computed again: a policy in `regrow.tasks.modeling.recompute`."""
+    how = checkpoint_arguments(policy, use_reentrant)
+    # Transformers 5.23 renamed the first to the second, and keeps both alike.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if name in _known():
+            setattr(args, name, how is not None)
+            setattr(args, f"{name}_kwargs", how)
+    return args
+
+
+def _known() -> set[str]:
+    """Names of the arguments that this Transformers has."""
+    return {field.name for field in dataclasses.fields(TrainingArguments)}

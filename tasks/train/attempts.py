@@ -12,13 +12,9 @@ from pathlib import Path
 from regrow.infra.launch import WorkerFailed
 from regrow.tasks.stage import Reporter, StageError
 from regrow.tasks.train.job import WorkerJob
+from regrow.tasks.train.part import EVIDENCE, PEER_LOST
 
 _SAVED = re.compile(r".*checkpoint of step (\d+) is safe.*")
-# How gloo and NCCL word the loss of a rank that died without an error of its own.
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset) by peer|remote process exited|DistBackendError|NCCL timeout"
-)
-_EVIDENCE = ("stacks-rank-*.txt", "non-finite-rank-*.json")
 
 
 class Preempted(StageError):  # noqa: N818 (the name says what is the matter)
@@ -63,7 +59,7 @@ class Attempts:
             self._again(f"no step came for {self.job.placement.hang_timeout:g} s", failure)
         elif failure.signal:
             self._again(f"it was ended by {failure.signal}", failure)
-        elif _PEER_LOST.search(failure.message):
+        elif re.search(PEER_LOST, failure.message):
             self._again("it lost the connection to another rank", failure)
         else:
             raise explained(failure) from failure
@@ -109,7 +105,7 @@ class Attempts:
     def _keep_evidence(self) -> bool:
         """Move what a failed worker wrote for people to the logs; whether a rank hung."""
         hung = False
-        for pattern in _EVIDENCE:
+        for pattern in EVIDENCE:
             for path in sorted(self.job.work.glob(pattern)):
                 if path.stat().st_size:
                     hung = hung or path.name.startswith("stacks")

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from regrow.infra.artifacts import ArtifactDamaged, FileEntry, Record
+from regrow.tasks.stage import canonical
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,15 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one training, in a store."""
 
-    def __init__(self, store: Store, prefix: str, keep: int | None) -> None:
-        """`keep`: how many of the newest stay; None keeps all."""
+    def __init__(self, store: Store, prefix: str, keep: int | None, spec: Any = None) -> None:
+        """
+        Args:
+            keep: how many of the newest stay; None keeps all.
+            spec: what they are of, as plain JSON data.
+        """
         self._store, self._prefix, self._keep = store, prefix, keep
+        self._spec = canonical(spec)
+        self._passed_over: set[str] = set()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is complete and undamaged; others are named in the log."""
@@ -65,7 +72,15 @@ class Checkpoints:
             found = self._open(key)
             if found is not None:
                 return found
+            self._passed_over.add(key)
         return None
+
+    def make_room(self, step: int) -> None:
+        """Before a step is saved: remove what was found there and could not be used, or it would
+        stand in the way of the good one."""
+        if self._key(step) in self._passed_over:
+            self._store.remove(self._key(step))
+            self._passed_over.remove(self._key(step))
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of that step, which another rank has found to be whole."""
@@ -77,26 +92,46 @@ class Checkpoints:
         """Store one rank's files of a checkpoint; invisible until `seal`."""
         return self._store.upload(self._key(step), attempt, directory)
 
-    def seal(self, step: int, attempt: str, files: Mapping[str, FileEntry], spec: Any) -> None:
+    def seal(self, step: int, attempt: str, files: Mapping[str, FileEntry]) -> None:
         """Make the ranks' files a checkpoint; prune what is older than the newest few."""
         self._store.seal(
             self._key(step),
             attempt,
             files,
             stage="checkpoint",
-            spec=spec,
+            spec=self._spec,
             inputs={},
             result={"step": step},
         )
         if self._keep is not None:
-            for key in self._store.children(self._prefix)[: -self._keep]:
+            self._prune(step, self._keep)
+
+    def _prune(self, step: int, keep: int) -> None:
+        """Only complete ones count, and none of a later step, which an earlier run has left:
+        otherwise what is of no use would push out what is."""
+        kept = 0
+        for key in reversed(self._store.children(self._prefix)):
+            if key > self._key(step):
+                continue
+            if kept < keep and key not in self._passed_over and self._is_complete(key):
+                kept += 1
+            else:
                 self._store.remove(key)
+
+    def _is_complete(self, key: str) -> bool:
+        try:
+            return self._store.lookup(key) is not None
+        except ArtifactDamaged:
+            return False
 
     def _open(self, key: str) -> Checkpoint | None:
         try:
             record = self._store.lookup(key)
             if record is None:
                 logger.info("checkpoint %s was not finished and is passed over", key)
+                return None
+            if record.spec != self._spec:
+                logger.warning("checkpoint %s passed over: it is of another spec", key)
                 return None
             return Checkpoint(int(key.rpartition("-")[2]), self._store.fetch(record))
         except ArtifactDamaged as damage:

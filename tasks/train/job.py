@@ -58,7 +58,11 @@ class WorkerJob:
 
     def write(self, path: Path) -> None:
         """Store as JSON, paths as text."""
-        data = {
+        path.write_text(json.dumps(self.to_json(), indent=1, sort_keys=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data, paths as text."""
+        return {
             "spec": canonical(self.spec),
             "placement": canonical(self.placement),
             "prepared": str(self.prepared),
@@ -69,12 +73,15 @@ class WorkerJob:
             "start_adapter": str(self.start_adapter) if self.start_adapter else None,
             "tracking": dict(self.tracking) if self.tracking else None,
         }
-        path.write_text(json.dumps(data, indent=1, sort_keys=True))
 
     @classmethod
     def read(cls, path: Path) -> WorkerJob:
         """Parse what `write` wrote."""
-        data: dict[str, Any] = json.loads(path.read_text())
+        return cls.from_json(json.loads(path.read_text()))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WorkerJob:
+        """The inverse of `to_json`."""
         place = data.get("checkpoints")
         return cls(
             spec=TrainSpec.from_json(data["spec"]),

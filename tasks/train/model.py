@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from regrow.tasks.modeling.first_values import (
     keep_first_values,
 )
 from regrow.tasks.modeling.freezing import train_only
+from regrow.tasks.modeling.kernels import Swapped, chosen_kernels, swap_kernels
 from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
+from regrow.tasks.modeling.loss_head import LossTerms
+from regrow.tasks.modeling.recompute import LayerSizes, choose_policy, free_bytes
 from regrow.tasks.modeling.rows import PackedRows, Row
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.costs import row_lengths
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.noise import EmbeddingNoise
 
@@ -42,6 +46,10 @@ class TrainedModel:
     """Names of parameters of which some rows are frozen."""
     first_values: Path | None = None
     """The adapter before training, where it changed the base."""
+    kernels: Swapped = field(default_factory=Swapped)
+    """Which of our kernels compute it."""
+    policy: str = "none"
+    """What is computed again in the backward pass; see `regrow.tasks.modeling.recompute`."""
 
 
 def build_model(job: WorkerJob) -> TrainedModel:
@@ -74,7 +82,33 @@ def build_model(job: WorkerJob) -> TrainedModel:
         partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
     if spec.neftune_noise_alpha:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
-    return TrainedModel(trained, use_cache, partly, first_values)
+    kernels, policy = _swap(trained, job), _policy(trained, job)
+    return TrainedModel(trained, use_cache, partly, first_values, kernels, policy)
+
+
+def _policy(model: Any, job: WorkerJob) -> str:
+    """The placement's gradient checkpointing as one of `recompute.POLICIES`."""
+    place, wanted = job.placement, job.placement.gradient_checkpointing
+    if isinstance(wanted, bool):
+        return "full" if wanted else "none"
+    if wanted != "auto":
+        return wanted
+    if place.device == "cpu" or not torch.cuda.is_available():
+        return "none"
+    tokens = place.micro_batch_size * int(row_lengths(job.prepared).max())
+    # Sharded weights leave more memory free than is counted here: never too little is computed.
+    policy = choose_policy(LayerSizes.of(model.config), tokens, free_bytes(model))
+    logger.info("gradient_checkpointing: %s, for micro-batches of %d tokens", policy, tokens)
+    return policy
+
+
+def _swap(model: Any, job: WorkerJob) -> Swapped:
+    """Our kernels, where the placement has them."""
+    spec, place = job.spec, job.placement
+    on_cuda = place.device != "cpu" and torch.cuda.is_available()
+    kernels = chosen_kernels(place.kernels, "cuda" if on_cuda else "cpu")
+    terms = LossTerms(spec.label_smoothing, spec.z_loss)
+    return swap_kernels(model, kernels, terms, whole_layers=place.sharding.gathers_layers)
 
 
 def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob) -> PeftModel:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from regrow.infra import hub
-from regrow.infra.launch import WorkerFailed, run_workers
+from regrow.infra.launch import WorkerFailed
+from regrow.infra.nodes import nodes_here
 from regrow.tasks.stage import Reporter, StageJob
 from regrow.tasks.train.attempts import Attempts
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
+from regrow.tasks.train.machines import FirstMachine, Machines, ThisMachine
 from regrow.tasks.train.metrics import thin
+from regrow.tasks.train.part import MODEL_FILES
 from regrow.tasks.train.spec import TrainPlacement
 
-_WORKER = "regrow.tasks.train.worker"
 _MOST_POINTS = 500  # of the curves in a result: enough for a plot, some 50 kB of JSON
-_MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
 # A failing rank's own traceback: it is in the log, and its last line becomes the stage's error.
 _TRACEBACK = re.compile(
     r"\[rank\d+\]:|Traceback |  |\w+(\.\w+)*(Error|Exception): |E\d{4} |[=-]{20}"
@@ -49,7 +52,7 @@ def run(job: StageJob) -> dict[str, Any]:
         spec=job.spec,
         placement=placement,
         prepared=job.inputs["prepare"],
-        base_model=hub.local_directory(placement.base_model, "model", _MODEL_FILES),
+        base_model=hub.local_directory(placement.base_model, "model", MODEL_FILES),
         out=work / "final",
         work=work,
         checkpoints=_checkpoint_place(job),
@@ -58,8 +61,9 @@ def run(job: StageJob) -> dict[str, Any]:
     )
     logs = job.logs or work
     attempts = Attempts(worker_job, job.report, logs / f"train-{job.stage.key[:12]}")
-    while not _launch(attempts, logs / f"train-{job.stage.key[:12]}.log", job.report):
-        pass
+    with _machines(job) as machines:
+        while not _launch(machines, attempts, logs / f"train-{job.stage.key[:12]}.log", job.report):
+            pass
     for path in sorted(worker_job.out.iterdir()):
         shutil.move(path, job.out / path.name)
     result = json.loads(worker_job.result_path.read_text())
@@ -78,7 +82,30 @@ def _checkpoint_place(job: StageJob) -> CheckpointPlace | None:
     return CheckpointPlace(job.checkpoints, f"checkpoints/{job.stage.key}")
 
 
-def _launch(attempts: Attempts, log: Path, report: Reporter) -> bool:
+@contextlib.contextmanager
+def _machines(job: StageJob) -> Iterator[Machines]:
+    """Where the ranks run; those who take part elsewhere hear how it ended."""
+    nodes = nodes_here()
+    machines: Machines = ThisMachine()
+    if job.checkpoints is not None:  # a place that all machines share
+        prepared = f"stages/{job.stage.inputs['prepare'].key}" if job.stage.inputs else ""
+        handover = f"handover/{job.stage.key}"
+        if job.placement.ray is not None:
+            from regrow.tasks.train.ray_cluster import RayCluster  # imports Ray
+
+            place = (job.checkpoints, prepared, handover)
+            machines = RayCluster(job.placement.ray, *place, job.report)
+        elif nodes is not None:
+            machines = FirstMachine(nodes, job.checkpoints, prepared, job.report)
+    try:
+        yield machines
+    except BaseException as error:
+        machines.close(str(error).partition("\n")[0] or type(error).__name__)
+        raise
+    machines.close("")
+
+
+def _launch(machines: Machines, attempts: Attempts, log: Path, report: Reporter) -> bool:
     """One worker; False when another one is to go on where it ended."""
 
     def tell(line: str) -> None:
@@ -90,17 +117,8 @@ def _launch(attempts: Attempts, log: Path, report: Reporter) -> bool:
         elif line.strip() and not _TRACEBACK.match(line):
             report.log(line)
 
-    job = attempts.job
-    path = job.work / "job.json"
-    job.write(path)
     try:
-        run_workers(
-            _WORKER,
-            [str(path)],
-            num_processes=job.placement.num_processes,
-            on_line=tell,
-            log_path=log,
-        )
+        machines.run(attempts.job, tell, log)
     except WorkerFailed as failure:
         attempts.after(failure)
         return False

@@ -64,9 +64,9 @@ class Ranks:
 class BackgroundSaver:
     """Writes states to scratch and publishes them as checkpoints, in a thread."""
 
-    def __init__(self, checkpoints: Checkpoints, ranks: Ranks, scratch: Path, spec: Any) -> None:
-        self._checkpoints, self._ranks = checkpoints, ranks
-        self._scratch, self._spec = scratch, spec
+    def __init__(self, checkpoints: Checkpoints, ranks: Ranks, scratch: Path) -> None:
+        """`scratch`: a directory of this rank alone."""
+        self._checkpoints, self._ranks, self._scratch = checkpoints, ranks, scratch
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[str | None] | None = None
         self._failures = 0
@@ -133,17 +133,19 @@ class BackgroundSaver:
         waited: float,
     ) -> str | None:
         """None, or what went wrong, the same on all ranks."""
-        directory = self._scratch / f"step-{step:08d}" / f"rank-{self._ranks.rank:05d}"
-        attempt = self._ranks.gather(new_attempt())[0]
+        directory = self._scratch / f"step-{step:08d}"
+        # Of a killed worker: the store may hold the same files by another name (hard links).
+        shutil.rmtree(directory, ignore_errors=True)
         files: dict[str, FileEntry] = {}
-        fault = None
+        fault = self._make_room(step) if self._ranks.rank == 0 else None
+        attempt = self._ranks.gather(new_attempt())[0]
         try:
             write_state(state, directory, random, self._ranks.rank, self._ranks.group)
             for name, data in extras.items():
                 (directory / name).write_bytes(data)
             files = self._checkpoints.upload(step, attempt, directory)
         except Exception as error:  # noqa: BLE001 (told to all ranks below, whatever it is)
-            fault = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+            fault = f"rank {self._ranks.rank}: {_described(error)}"
         outcomes = self._ranks.gather((fault, files))
         fault = next((found for found, _ in outcomes if found), None)
         if self._ranks.rank == 0 and not fault:
@@ -155,15 +157,26 @@ class BackgroundSaver:
         shutil.rmtree(directory, ignore_errors=True)
         return fault
 
+    def _make_room(self, step: int) -> str | None:
+        try:
+            self._checkpoints.make_room(step)
+        except Exception as error:  # noqa: BLE001 (becomes the outcome on all ranks)
+            return _described(error)
+        return None
+
     def _seal(
         self, step: int, attempt: str, files: Mapping[str, FileEntry], waited: float
     ) -> str | None:
         try:
-            self._checkpoints.seal(step, attempt, files, self._spec)
+            self._checkpoints.seal(step, attempt, files)
         except Exception as error:  # noqa: BLE001 (becomes the outcome on all ranks)
-            return f"{type(error).__name__}: {error}"
+            return _described(error)
         logger.info("checkpoint of step %d is safe (training waited %.2f s)", step, waited)
         return None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class SaveCheckpoints(TrainerCallback):

@@ -26,8 +26,13 @@ class Sharding:
     @property
     def shards(self) -> bool:
         """Whether no process holds the whole of what it trains."""
-        stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
-        return self.fsdp is not None or stage == 3
+        return self.fsdp is not None or _zero_stage(self) == 3
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether all weights of a layer are there while it runs, not those of one child alone."""
+        by_layer = (self.fsdp or {}).get("auto_wrap_policy") != "SIZE_BASED_WRAP"
+        return by_layer and _zero_stage(self) < 3
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Sharding:
@@ -53,3 +58,7 @@ class Sharding:
     def from_json(cls, data: Mapping[str, Any] | None) -> Sharding:
         """The inverse of canonical JSON."""
         return cls(**(data or {}))
+
+
+def _zero_stage(sharding: Sharding) -> int:
+    return (sharding.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from regrow.tasks.modeling.quantization import Quantization
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.cluster import RayWorkers
+from regrow.tasks.train.reporters import Reporters
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.sharding import Sharding
 
@@ -247,8 +249,14 @@ class TrainPlacement:
     """A training loss above it is a sign of divergence: `loss_watchdog_patience` such reports in a
     row end the training with an error. A result that comes is the same with or without."""
     loss_watchdog_patience: int = 3
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    """Whether activations are computed again in the backward pass: true, false, or a policy in
+    `regrow.tasks.modeling.recompute`; "auto": the one that computes least again and fits."""
     use_reentrant: bool = False
+    kernels: str | tuple[str, ...] = "auto"
+    """"auto" (all on CUDA, none elsewhere), "off", or names in `regrow.tasks.modeling.kernels`.
+    They round other sums than Transformers' layers and depend on the device, as sharding does: that
+    is placement, and the result names those that ran."""
     dataloader_num_workers: int = 0
     pad_to: int | None = None
     """Pad each row to this many tokens."""
@@ -267,6 +275,10 @@ class TrainPlacement:
     """Halve the micro-batch when memory runs out, and go on."""
     sharding: Sharding = field(default_factory=Sharding)
     """How the model is laid over the processes."""
+    ray: RayWorkers | None = None
+    """Workers of a Ray cluster that train; None: this machine, and those of its environment."""
+    reporters: Reporters = field(default_factory=Reporters)
+    """Who hears of the course of training beside MLflow."""
 
     @classmethod
     def from_recipe(
@@ -275,12 +287,24 @@ class TrainPlacement:
         base_model: str,
         num_processes: int = 1,
         start_adapter: str | None = None,
+        micro_batch_size: int | None = None,
+        gradient_checkpointing: bool | str | None = None,
     ) -> TrainPlacement:
-        """The part of the recipe that decides where and how fast."""
+        """The part of the recipe that decides where and how fast.
+
+        Args:
+            micro_batch_size: what its `auto` means here; None: its own value, or one row.
+            gradient_checkpointing: the same; None: its own value, of which the worker makes out
+                what `auto` means on its device.
+        """
+        if gradient_checkpointing is None:
+            gradient_checkpointing = recipe.gradient_checkpointing
+        workers = RayWorkers.from_recipe(recipe)
         return cls(
             base_model=base_model,
-            num_processes=recipe.num_processes or num_processes,
-            micro_batch_size=recipe.micro_batch_size,
+            num_processes=recipe.num_processes or (workers.ranks if workers else num_processes),
+            ray=workers,
+            micro_batch_size=micro_batch_size or recipe.rows_at_once,
             eval_batch_size=recipe.eval_batch_size,
             logging_steps=recipe.logging_steps,
             evaluation=_validation(recipe),
@@ -291,9 +315,11 @@ class TrainPlacement:
             loss_watchdog_patience=recipe.loss_watchdog_patience,
             save_total_limit=recipe.save_total_limit,
             # FSDP's own takes its place: recomputing twice would be of no use.
-            gradient_checkpointing=recipe.gradient_checkpointing
-            and not (recipe.fsdp_config and recipe.fsdp_config.activation_checkpointing),
+            gradient_checkpointing=False
+            if recipe.fsdp_config and recipe.fsdp_config.activation_checkpointing
+            else gradient_checkpointing,
             use_reentrant=recipe.gradient_checkpointing_kwargs.use_reentrant,
+            kernels=recipe.kernels,
             pad_to=recipe.sequence_len if recipe.pad_to_sequence_len else None,
             tf32=bool(recipe.tf32),
             trust_remote_code=recipe.trust_remote_code,
@@ -302,6 +328,7 @@ class TrainPlacement:
             max_restarts=recipe.max_restarts,
             retry_on_oom=recipe.auto_find_batch_size,
             sharding=Sharding.from_recipe(recipe),
+            reporters=Reporters.from_recipe(recipe),
         )
 
     @classmethod
@@ -309,7 +336,12 @@ class TrainPlacement:
         """The inverse of canonical JSON."""
         cadences = {name: Cadence(**data[name]) for name in ("evaluation", "saving")}
         sharding = Sharding.from_json(data.get("sharding"))
-        return cls(**{**data, **cadences, "sharding": sharding})
+        kernels = data.get("kernels", "auto")
+        kernels = kernels if isinstance(kernels, str) else tuple(kernels)
+        reporters = Reporters.from_json(data.get("reporters"))
+        parts = {"sharding": sharding, "kernels": kernels, "reporters": reporters}
+        parts["ray"] = RayWorkers.from_json(data.get("ray"))
+        return cls(**{**data, **cadences, **parts})
 
 
 def _cadence(strategy: str | None, steps: float | None, per_epoch: int | None) -> Cadence:

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils.logging import disable_progress_bar
 
 from regrow.infra.artifacts import ArtifactStore
+from regrow.infra.launch import local_rank
 from regrow.tasks.modeling.ends import align_special_ids
 from regrow.tasks.modeling.load import DTYPES, load_tokenizer
 from regrow.tasks.modeling.rows import PackedRows
-from regrow.tasks.stage import StageError, canonical
-from regrow.tasks.train.arguments import training_arguments, with_steps
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.arguments import training_arguments, with_checkpointing, with_steps
 from regrow.tasks.train.callbacks import FollowSchedule, LiveReporter, RecordMetrics
 from regrow.tasks.train.checkpoint import (
     METRICS_FILE,
@@ -42,7 +43,7 @@ from regrow.tasks.train.costs import row_costs, row_lengths
 from regrow.tasks.train.export import save_adapter, save_model
 from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.job import WorkerJob
-from regrow.tasks.train.loader import FileOrder, MicroBatches
+from regrow.tasks.train.loader import CUDA_MULTIPLE, FileOrder, MicroBatches
 from regrow.tasks.train.metrics import Meter, MetricsFile, Totals, peak_memory_gib, read_metrics
 from regrow.tasks.train.model import TrainedModel, build_model
 from regrow.tasks.train.order import DataOrder, Split, choose_split
@@ -89,6 +90,7 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
     with whole_model_loading(args):
         trained = build_model(job)
+    args = with_checkpointing(args, trained.policy, job.placement.use_reentrant)
     trainer = _build_trainer(job, args, course, trained, meter, rows, start)
     best = _keep_best(job, start, trainer, args.process_index)
     ranks = Ranks.of(args)
@@ -166,7 +168,9 @@ def _open_saver(
 ) -> BackgroundSaver | None:
     if not checkpoints:
         return None
-    saver = BackgroundSaver(checkpoints, ranks, job.work / "saving", canonical(job.spec))
+    # Of each rank its own: one that ends early must not take away what another still reads.
+    scratch = job.work / f"saving-{ranks.rank:05d}"
+    saver = BackgroundSaver(checkpoints, ranks, scratch)
     stack.callback(saver.close)
     return saver
 
@@ -197,7 +201,8 @@ def _open_checkpoints(job: WorkerJob) -> Checkpoints | None:
     if job.checkpoints is None:
         return None
     store = ArtifactStore.open_url(job.checkpoints.url)
-    return Checkpoints(store, job.checkpoints.key, job.placement.save_total_limit)
+    keep = job.placement.save_total_limit
+    return Checkpoints(store, job.checkpoints.key, keep, job.spec)
 
 
 @dataclass(frozen=True)
@@ -310,19 +315,24 @@ def _build_trainer(
 ) -> SftTrainer:
     rank, pad_to = args.process_index, job.placement.pad_to
     total, done = course.total_steps, start.step if start else 0
-    batches = MicroBatches(rows, course.order, course.split, rank, total, pad_to, done)
+    multiple = CUDA_MULTIPLE if args.device.type == "cuda" else 1
+    batches = MicroBatches(rows, course.order, course.split, rank, total, pad_to, done, multiple)
     validation = None
     if _validates(job):
         held_out = PackedRows(job.prepared, "validation")
         micro = job.placement.eval_batch_size or course.split.micro_batch_size
         order = FileOrder(len(held_out), micro * args.world_size)
         split = Split(args.world_size, micro, accumulation=1)
-        validation = MicroBatches(held_out, order, split, rank, order.steps, pad_to)
+        validation = MicroBatches(
+            held_out, order, split, rank, order.steps, pad_to, multiple_of=multiple
+        )
     trainer = SftTrainer(
         model=trained.model,
         args=args,
         spec=job.spec,
         partly_trained=trained.partly_trained,
+        model_has_loss=trained.kernels.head is not None,
+        offloads=trained.policy == "offload",
         batches=batches,
         validation=validation,
         meter=meter,
@@ -346,6 +356,7 @@ def _finish(
     trainer.use_final_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = _result(trainer, course, meter, model)
+    result["timing"] |= {"kernels": trained.kernels.record(), "recomputes": trained.policy}
     is_first = trainer.args.process_index == 0
     if trainer.engine.is_sharded():
         with whole_model_loading(trainer.args):
@@ -433,14 +444,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = WorkerJob.read(Path(path))
     try:
         result = train(job)
-        if "preempted" in result and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # an exit before the others would look like a failure
+        if "preempted" in result:
+            _tell_preempted(job, result)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if "preempted" in result:
-        job.preempted_path.write_text(json.dumps(result))
         sys.exit(EXIT_CODE)
+
+
+def _tell_preempted(job: WorkerJob, result: Mapping[str, Any]) -> None:
+    """One rank of each machine writes it, and before any exits: torchrun then ends the others."""
+    if local_rank() == 0:
+        job.preempted_path.write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -84,10 +84,46 @@ def test_chats_use_the_tokenizers_template_unless_told(load, minimal):
         ("trust_remote_code: true", "trust_remote_code: code that comes with the model will run"),
         ("max_steps: 5\nnum_epochs: 2", "ignored num_epochs because `max_steps: 5` decides"),
         ("model_type: LlamaForCausalLM", "ignored model_type because"),
+        ("max_steps: 5\nwarmup_steps: 9", "warmup_steps: training ends after 5 steps, before"),
+        (
+            "adapter: qlora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true",
+            "set load_in_4bit: true because `adapter: qlora` trains on a base in 4 bits",
+        ),
+        (
+            "adapter: lora\nload_in_4bit: true\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true",
+            "set adapter: qlora because `load_in_4bit: true` says so",
+        ),
+        (
+            "adapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\n"
+            "peft: {loftq_config: {loftq_bits: 4}}",
+            "set peft_init_lora_weights: loftq because `peft.loftq_config` is given",
+        ),
+        (
+            "val_set_size: 9\nearly_stopping_patience: 2",
+            "set load_best_model_at_end: true because `early_stopping_patience` is given",
+        ),
+        (
+            "optimizer: galore_adamw",
+            "set optim_target_modules: ['attn', 'mlp'] because galore_adamw needs targets",
+        ),
+        (
+            "shuffle_before_merging_datasets: true",
+            "ignored shuffle_before_merging_datasets because `shuffle_merged_datasets` mixes",
+        ),
+        ("group_by_length: true\nsample_packing: true", "ignored group_by_length because with"),
+        ("sample_packing_sequentially: true", "ignored sample_packing_sequentially because"),
+        ("curriculum_sampling: true", "curriculum_sampling: the prepared rows are mixed, once"),
+        ("cosine_min_lr_ratio: 0.1", "set lr_scheduler: cosine_with_min_lr because"),
+        ("optimizer: schedule_free_adamw", "lr_scheduler: `optimizer: schedule_free_adamw` is"),
     ],
 )
 def test_surprises_are_said(notices_of, minimal, written, said):
     assert [notice for notice in notices_of(f"{minimal}{written}\n") if notice.startswith(said)]
+
+
+def test_what_can_only_be_prepared_is_said(notices_of, minimal):
+    text = minimal.replace("type: alpaca", "type: passthrough") + "rl: dpo\n"
+    assert any(line.startswith("rl: its data can be prepared") for line in notices_of(text))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +133,9 @@ def test_surprises_are_said(notices_of, minimal, written, said):
         ("type: alpaca:chatml\n    train_on_eos: none", "", "train_on_eos"),
         ("type: completion\n    split_thinking: true", "", "split_thinking"),
         ("type: chat_template\n    step_separator: x", "", "step_separator"),
+        ("type: completion\n    message_field_role: from", "", "message_field_role"),
+        ("type: alpaca\n    train_on_split: train", "", "train_on_split"),
+        ("type: completion\n    field_thinking: thoughts", "", "field_thinking"),
         ("type: {field_output: a}\n    field_output: b", "", "field_output"),
         ("type: passthrough\n    train_on_eos: none", "rl: dpo", "train_on_eos"),
         ("type: passthrough\n    roles_to_train: [user]", "reward_model: true", "roles_to_train"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,15 +16,73 @@ from regrow.configs.faults import RecipeError
 from regrow.configs.load import Loaded, load_recipe, parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.data import Dataset
-from regrow.configs.vocabulary import DATASET_WORDS, REFUSED_VALUES, WORDS
+from regrow.configs.sections.parallel import FsdpConfig
+from regrow.configs.vocabulary import (
+    DATASET_READ_OTHERWISE,
+    DATASET_WORDS,
+    READ_OTHERWISE,
+    REFUSED_VALUES,
+    WORDS,
+)
 
 HERE = Path(__file__).parent
 SEEDS = [
     yaml.safe_load(path.read_text())
     for path in sorted((HERE.parents[1] / "configs" / "recipes").glob("*.yaml"))
 ]
-KEYS = sorted({*Recipe.model_fields, *WORDS, "unknown", ""})
-ENTRY_KEYS = sorted({*Dataset.model_fields, *DATASET_WORDS, "message_field_role", "unknown"})
+OLD = """
+base_model: org/model
+plugins: [axolotl.integrations.liger.LigerPlugin]
+liger_rope: true
+load_in_4bit: true
+adapter: qlora
+lora_r: 8
+lora_alpha: 16
+lora_target_modules: [q_proj, v_proj]
+datasets:
+  - {path: org/talks, type: sharegpt, conversation: chatml, split: "train[:10%]"}
+  - {path: org/chats, type: chat_template, message_field_role: from, field_thinking: thoughts}
+  - {path: org/texts, type: {format: "{instruction} {input}", field_output: answer}}
+tokens: {eos_token: <end>}
+max_packed_sequence_len: 2048
+bf16: false
+fp16: true
+flash_attention: true
+wandb_project: mine
+micro_batch_size: 2
+batch_size: 8
+learning_rate: 1e-4
+eta_min: 1e-5
+evals_per_epoch: 4
+val_set_size: 0.05
+fsdp: [full_shard, auto_wrap]
+fsdp_config: {fsdp_offload_params: true, fsdp_sharding_strategy: FULL_SHARD}
+tensor_parallel_size: 2
+gradient_checkpointing: offload
+"""
+STREAM = """
+base_model: org/model
+pretraining_dataset: {path: org/web, name: en, text_column: body}
+max_steps: 20
+micro_batch_size: 1
+gradient_accumulation_steps: 1
+learning_rate: 1e-4
+deepspeed: zero2.json
+"""
+PAIRS = """
+base_model: org/model
+rl: dpo
+datasets: [{path: org/pairs, type: chatml.intel}, {path: org/more}]
+micro_batch_size: 1
+gradient_accumulation_steps: 1
+learning_rate: 1e-6
+"""
+SEEDS += [yaml.safe_load(text) for text in (OLD, STREAM, PAIRS)]
+KEYS = sorted({*Recipe.model_fields, *WORDS, *READ_OTHERWISE, "unknown", ""})
+ENTRY_KEYS = sorted(
+    {*Dataset.model_fields, *DATASET_WORDS, *DATASET_READ_OTHERWISE, "conversation", "unknown"}
+)
+SHARDING_KEYS = sorted({*FsdpConfig.model_fields, "fsdp_version", "sharding_strategy", "unknown"})
 TELLING: list[Any] = [
     True, False, "no", "auto", 0, 1, 8, 0.1, 1.0, -1, "jinja", "lora", "steps", "1e-4", "x" * 300,
     *(value for values in REFUSED_VALUES.values() for value in list(values)[:2]),
@@ -44,16 +104,21 @@ values = st.recursive(
     max_leaves=5,
 )
 few = settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+many = settings(few, max_examples=1700)
+LONGEST = 2.0  # seconds
 
 
 def loads_or_says_why(load) -> None:
+    begin = time.process_time()
     try:
         loaded = load()
     except RecipeError as error:
+        assert time.process_time() - begin < LONGEST
         faults, message = error.faults, str(error)
     else:
+        assert time.process_time() - begin < LONGEST
         check_recipe(loaded)
         return
     assert faults
@@ -67,20 +132,20 @@ def check_recipe(loaded: Loaded) -> None:
     assert parse_recipe(recipe.model_dump()).recipe == recipe
 
 
+def places(recipe: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """(keys that may stand there, map) of the recipe itself and of maps in it."""
+    entries = recipe.get("datasets")
+    entries = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    sharding = recipe.get("fsdp_config")
+    found = [(KEYS, recipe), *((ENTRY_KEYS, entry) for entry in entries)]
+    return [*found, (SHARDING_KEYS, sharding)] if isinstance(sharding, dict) else found
+
+
 @st.composite
 def changed_recipes(draw) -> dict[str, Any]:
     recipe = copy.deepcopy(draw(st.sampled_from(SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
-        keys, target = draw(st.sampled_from([(KEYS, recipe), (ENTRY_KEYS, None)]))
-        entries = recipe.get("datasets")
-        if (
-            target is None
-            and isinstance(entries, list)
-            and entries
-            and isinstance(entries[0], dict)
-        ):
-            target = entries[0]
-        target = recipe if target is None else target
+        keys, target = draw(st.sampled_from(places(recipe)))
         there = sorted(map(str, target)) or keys
         key = draw(st.sampled_from(there) | st.sampled_from(keys))
         if draw(st.booleans()) and key in target:
@@ -90,24 +155,24 @@ def changed_recipes(draw) -> dict[str, Any]:
     return recipe
 
 
-@few
-@given(changed_recipes())
-def test_changed_recipes_load_or_say_why(recipe):
+def change_recipe(recipe) -> None:
     loads_or_says_why(lambda: parse_recipe(recipe))
 
 
-@few
-@given(st.sampled_from(SEEDS), st.data())
-def test_changed_text_loads_or_says_why(tmp_path_factory, recipe, data):
+def change_text(folder: Path, recipe, data) -> None:
     text = yaml.safe_dump(recipe)
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(text)))
         stop = data.draw(st.integers(start, min(len(text), start + 5)))
         put = data.draw(st.text(max_size=3) | st.sampled_from(list("{}[]:-#&*!|>'\"%@`,?\n\t ")))
         text = text[:start] + put + text[stop:]
-    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path = folder / "fuzz.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     loads_or_says_why(lambda: load_recipe(path))
+
+
+def change_words(recipe, overrides) -> None:
+    loads_or_says_why(lambda: parse_recipe(recipe, overrides))
 
 
 words = st.one_of(
@@ -116,9 +181,39 @@ words = st.one_of(
     st.sampled_from(ENTRY_KEYS).map(lambda key: f"--datasets.0.{key}"),
     st.builds(lambda key, value: f"--{key}={value}", st.sampled_from(KEYS), scalars),
 )
+seeds = st.sampled_from(SEEDS)
 
 
 @few
-@given(st.sampled_from(SEEDS), st.lists(words, max_size=4))
+@given(changed_recipes())
+def test_changed_recipes_load_or_say_why(recipe):
+    change_recipe(recipe)
+
+
+@few
+@given(seeds, st.data())
+def test_changed_text_loads_or_says_why(tmp_path_factory, recipe, data):
+    change_text(tmp_path_factory.getbasetemp(), recipe, data)
+
+
+@few
+@given(seeds, st.lists(words, max_size=4))
 def test_any_command_line_loads_or_says_why(recipe, overrides):
-    loads_or_says_why(lambda: parse_recipe(recipe, overrides))
+    change_words(recipe, overrides)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["recipes", "text", "words"])
+def test_five_thousand_changes_load_or_say_why(tmp_path, kind):
+    """1,700 of each kind."""
+    if kind == "recipes":
+        many(given(changed_recipes())(change_recipe))()
+    elif kind == "text":
+        many(given(seeds, st.data())(lambda r, d: change_text(tmp_path, r, d)))()
+    else:
+        many(given(seeds, st.lists(words, max_size=4))(change_words))()
+
+
+@pytest.mark.parametrize("text", [OLD, STREAM, PAIRS])
+def test_the_seeds_themselves_load(text):
+    parse_recipe(yaml.safe_load(text))

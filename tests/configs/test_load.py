@@ -76,7 +76,7 @@ def test_the_message_names_file_line_key_value_and_remedy(load, minimal):
         ("lerning_rate: 1", "learning_rate"),
         ("sequence_length: 1", "sequence_len"),
         ("gradient_acumulation_steps: 1", "gradient_accumulation_steps"),
-        ("tensor_parallel_sise: 2", "tensor_parallel_size"),
+        ("context_parallel_sise: 2", "context_parallel_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(faults_of, minimal, typo, meant):

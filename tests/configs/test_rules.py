@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regrow.configs.rules import adapter, batch, data, model, parallel, schedule
+from regrow.configs.rules import adapter, batch, data, model, parallel, reporting, schedule
 from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.rules.rule import Rule
 from regrow.configs.sections.data import CHAT_TEMPLATES, MODEL_TEMPLATES
@@ -37,6 +37,18 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "test_datasets: [{path: org/t, type: alpaca, shards_idx: 4}]",
             "test_datasets[0].shards_idx",
             "`shards` is not given",
+        ),
+    ],
+    "files_named_have_no_splits": [
+        (
+            "test_datasets: [{path: 'https://x/t.jsonl', type: alpaca, split: test}]",
+            "test_datasets[0].split",
+            "no split to choose among them",
+        ),
+        (
+            "test_datasets: [{path: org/t, type: alpaca, data_files: a.json, split: 'val[:9]'}]",
+            "test_datasets[0].split",
+            "no split to choose among them",
         ),
     ],
     "dataset_shard_and_index_fit": [
@@ -185,20 +197,18 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "some_length_is_left": [("min_sample_len: 1025", "min_sample_len", "no example can be")],
-    "no_passwords_in_addresses": [
-        ("store: s3://me:pw@bucket/x", "store", "secrets do not belong"),
-        ("mlflow_tracking_uri: http://me:pw@host", "mlflow_tracking_uri", "secrets do not"),
-        (
-            "test_datasets: [{path: 'https://me:pw@host/x.json', type: alpaca}]",
-            "test_datasets[0].path",
-            "secrets do not belong",
-        ),
-    ],
     "the_global_batch_is_said": [
         ("gradient_accumulation_steps: null", "micro_batch_size", "is not said"),
     ],
     "the_batch_keys_agree": [
         ("batch_size: 16", "batch_size", "micro_batch_size * gradient_accumulation_steps is 8"),
+    ],
+    "a_chosen_micro_batch_needs_the_global_batch": [
+        (
+            "micro_batch_size: auto\nbatch_size: 8",
+            "gradient_accumulation_steps",
+            "another on each machine",
+        ),
     ],
     "the_batch_divides_evenly": [
         ("gradient_accumulation_steps: null\nbatch_size: 5", "batch_size", "no multiple of"),
@@ -391,6 +401,14 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "unfrozen_patterns_are_valid": [
         ("unfrozen_parameters: ['(']", "unfrozen_parameters", "not a regular expression"),
     ],
+    "frozen_beginnings_keep_gradients": [
+        (
+            "unfrozen_parameters: [lm_head]\ngradient_checkpointing: true\n"
+            "gradient_checkpointing_kwargs: {use_reentrant: true}",
+            "gradient_checkpointing_kwargs.use_reentrant",
+            "lose gradients",
+        ),
+    ],
     "quantized_weights_are_not_trained": [
         ("load_in_4bit: true", "load_in_4bit", "cannot be trained without an adapter"),
         (
@@ -416,7 +434,32 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "int8_weights_are_not_sharded": [
         ("adapter: lora\nfsdp_config: {}\nload_in_8bit: true", "load_in_8bit", "cannot shard int8"),
     ],
-    "float16_is_refused": [("fp16: true", "fp16", "training in float16 is not here")],
+    "sizes_have_a_number": [
+        (
+            "fsdp_config: {auto_wrap_policy: SIZE_BASED_WRAP}",
+            "fsdp_config.auto_wrap_policy",
+            "`min_num_params` says how many",
+        ),
+    ],
+    "muon_sees_whole_matrices": [
+        ("optimizer: muon\ndeepspeed: zero2.json", "optimizer", "flattens the matrices"),
+    ],
+    "int8_states_are_not_sharded": [
+        ("optimizer: adamw_bnb_8bit\nfsdp_config: {}", "optimizer", "that FSDP2 shards"),
+    ],
+    "reporters_share_one_name": [
+        (
+            "use_wandb: true\nuse_trackio: true\nwandb_name: a\ntrackio_run_name: b",
+            "trackio_run_name",
+            "`wandb_name` says a",
+        ),
+    ],
+    "swanlab_has_a_project": [
+        ("use_swanlab: true", "use_swanlab", "`swanlab_project` is not given"),
+    ],
+    "comet_keys_have_their_length": [
+        ("use_comet: true\ncomet_experiment_key: x", "comet_experiment_key", "32 to 50"),
+    ],
     "only_causal_language_models": [
         ("model_type: AutoModelForSequenceClassification", "model_type", "only causal"),
     ],
@@ -462,7 +505,7 @@ def test_the_smallest_recipe_breaks_no_rule(load, minimal):
 
 def test_each_rule_has_its_case_and_its_place():
     assert {rule.name for rule in ALL_RULES} == CASES.keys()
-    modules = (adapter, batch, data, model, parallel, schedule)
+    modules = (adapter, batch, data, model, parallel, reporting, schedule)
     written = {v.name for m in modules for v in vars(m).values() if isinstance(v, Rule)}
     assert written == CASES.keys()
     assert len(ALL_RULES) == len(CASES)
@@ -482,6 +525,7 @@ def test_each_rule_says_what_it_is():
         "warmup_steps: 0\nwarmup_ratio: 0.1",
         "batch_size: 8",
         "gradient_accumulation_steps: null\nbatch_size: 16",
+        "gradient_accumulation_steps: null\nbatch_size: 15\nmicro_batch_size: auto",
         "chat_template: tokenizer_default_fallback_chatml",
         "chat_template_jinja: '{{ messages }}'",
         LORA + "lora_target_modules: '.*\\.(q|v)_proj'",

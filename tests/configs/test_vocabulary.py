@@ -14,8 +14,10 @@ from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.data import Dataset
 from regrow.configs.vocabulary import (
+    DATASET_READ_OTHERWISE,
     DATASET_WORDS,
     OFF,
+    READ_OTHERWISE,
     REFUSED_VALUES,
     WORDS,
     Refused,
@@ -23,6 +25,10 @@ from regrow.configs.vocabulary import (
 )
 
 AXOLOTL_KEYS = (Path(__file__).parent / "axolotl_keys.txt").read_text().split()
+
+
+SCHEMA_KEYS = (Path(__file__).parent / "axolotl_schema.txt").read_text().split()
+"""All keys that Axolotl 0.18 and its plugins declare, those of entries behind `datasets[].`."""
 
 
 def recipe_with(key: str, value: Any) -> dict[str, Any]:
@@ -83,6 +89,15 @@ def test_words_and_fields_do_not_overlap():
     assert not DATASET_WORDS.keys() & Dataset.model_fields.keys()
 
 
+def test_every_key_that_is_read_otherwise_is_spoken_of():
+    for key in READ_OTHERWISE:
+        assert key in told_about(key, "x"), key
+    for key in DATASET_READ_OTHERWISE:
+        value = [{"type": "sharegpt" if "human" in key or "model" in key else "chat_template"}]
+        value[0][key] = "x"
+        assert told_about("datasets", value), key
+
+
 def test_renamed_keys_end_at_a_field_or_a_refusal():
     for word in WORDS.values():
         if isinstance(word, Renamed):
@@ -112,7 +127,7 @@ def test_refused_words_have_a_reason_and_a_remedy():
         ("flash_attention: true", "attn_implementation", "regrow_packed"),
         ("attn_implementation: kernels-community/x", "attn_implementation", "regrow_packed"),
         ("warmup_steps: 0.1", "warmup_ratio", 0.1),
-        ("gradient_checkpointing: offload", "gradient_checkpointing", True),
+        ("gradient_checkpointing: offload_disk", "gradient_checkpointing", "offload"),
         ("save_strategy: no", "save_strategy", "no"),
     ],
 )
@@ -125,8 +140,43 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
     [
         ("dataset_processes: 3", "read dataset_processes as dataset_num_proc because"),
         ("flash_attention: true", "read flash_attention as regrow_packed because"),
-        ("wandb_project: x\nwandb_name: y", "ignored wandb_project, wandb_name because MLflow"),
-        ("liger_rope: true", "ignored liger_rope because Regrow chooses its kernels itself"),
+        ("use_otel_metrics: true", "ignored use_otel_metrics because MLflow records every run"),
+        ("wandb_name: y", "ignored wandb_name because no `wandb` project means no reports"),
+        ("wandb_project: x\nuse_wandb: false", "ignored wandb_project because `use_wandb: false`"),
+        ("wandb_project: x", "wandb: reports go there when wandb is installed where training runs"),
+        ("comet_project_name: x", "comet_ml: reports go there when comet-ml is installed"),
+        ("wandb_log_model: end", "ignored wandb_log_model because models are kept in the artifact"),
+        (
+            "wandb_project: x\nwandb_run_id: run-7",
+            "set wandb_name: run-7 because `wandb_run_id` is given",
+        ),
+        ("fp16: true", "set bf16: true because `fp16: true` asks for 16 bits"),
+        ("float16: true", "set bf16: true because `float16: true` asks for 16 bits"),
+        ("bf16: true\nfp16: true", "ignored fp16 because `bf16` comes first"),
+        ("save_safetensors: false", "ignored save_safetensors because weights are only ever"),
+        ("max_packed_sequence_len: 1024", "set sample_packing: true because"),
+        ("max_packed_sequence_len: 2048", "set sequence_len: 2048 because"),
+        ("eta_min: 2e-5", "set cosine_min_lr_ratio: 0.1 because `eta_min` is 2e-05"),
+        ("logging_steps: 0.2", "set logging_steps: 1 because a share of all steps"),
+        ("tensor_parallel_size: 2", "read tensor_parallel_size as fsdp_config because FSDP2"),
+        (
+            "expert_parallel_size: 2\ndp_shard_size: 2\nfsdp_config: {}",
+            "set dp_shard_size: 4 because `expert_parallel_size` divides weights 2 times more",
+        ),
+        (
+            "eval_causal_lm_metrics: [perplexity]\ndo_causal_lm_eval: true",
+            "ignored eval_causal_lm_metrics, do_causal_lm_eval because the perplexity",
+        ),
+        (
+            "model_config: {router_aux_loss_coef: 0.1}",
+            "ignored model_config because without `output_router_logits` experts are not",
+        ),
+        ("data_seed: 7", "ignored data_seed because neither Axolotl nor Regrow reads it"),
+        (
+            "adapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\n"
+            "unfrozen_parameters: [^lm_head.*]",
+            "ignored unfrozen_parameters because with `adapter` the base is frozen",
+        ),
         (
             "plugins: [axolotl.integrations.liger.LigerPlugin]",
             "ignored axolotl.integrations.liger.LigerPlugin because Regrow chooses",
@@ -134,7 +184,7 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ("resume_from_checkpoint: out", "ignored resume_from_checkpoint because a run resumes"),
         ("rl_beta: 0.1", "ignored rl_beta because training with `rl`"),
         ("dataset_prepared_path: out", "ignored dataset_prepared_path because prepared data"),
-        ("gradient_checkpointing: offload", "set gradient_checkpointing: true because"),
+        ("gradient_checkpointing: offload_disk", "set gradient_checkpointing: offload because"),
     ],
 )
 def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
@@ -147,22 +197,34 @@ def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
         ("rl: ebft", "rl", "energy-based fine-tuning is not here yet"),
         ("ebft: {feature_layers: [1]}", "ebft", "energy-based fine-tuning is not here yet"),
         ("processor_type: AutoProcessor", "processor_type", "training on images or audio"),
-        ("tensor_parallel_size: 2", "tensor_parallel_size", "are not divided by heads yet"),
+        (
+            "tensor_parallel_size: 2\ndeepspeed: zero2.json",
+            "tensor_parallel_size",
+            "are not divided this way",
+        ),
+        (
+            "model_config: {output_router_logits: true}",
+            "model_config.output_router_logits",
+            "the loss that balances a mixture's experts is not here yet",
+        ),
+        ("overrides_of_model_config: {rope_theta: 1}", "overrides_of_model_config", "not here yet"),
+        ("eta_min: 1e-6\nlr_scheduler: linear", "eta_min", "only a cosine ends at it"),
+        ("eta_min: 1", "eta_min", "expected a number from 0 to `learning_rate`"),
+        ("eval_causal_lm_metrics: [ter]", "eval_causal_lm_metrics", "this evaluation is not here"),
+        ("reinit_weights: true", "reinit_weights", "training from random weights is not here yet"),
         (
             "sequence_parallel_degree: 2",
             "sequence_parallel_degree",
             "a token would see other examples",
         ),
         ("context_parapllel_size: 2", "context_parapllel_size", "a token would see other"),
-        ("save_safetensors: false", "save_safetensors", "only ever written as safetensors"),
         ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),
         ("optimizer: lomo", "optimizer", "keeps no state"),
         ("optimizer: flash_adamw", "optimizer", "a package that Regrow does not use"),
         ("relora: true", "relora", "its restarts change the base model"),
         ("gptq: true", "gptq", "cannot merge an adapter into a base stored as GPTQ"),
-        ("float16: true", "float16", "training in float16 is not here"),
         ("bf16: true\nfloat32: true", "float32", "`bf16` says otherwise"),
-        ("max_packed_sequence_len: 8", "max_packed_sequence_len", "it was replaced"),
+        ("max_packed_sequence_len: x", "max_packed_sequence_len", "expected a whole number"),
         ("attn_implementation: flash", "attn_implementation", "no such attention"),
         (
             "attn_implementation: sdpa\nflash_attention: true",
@@ -320,6 +382,14 @@ def test_a_map_of_tokens_is_special_tokens(load, faults_of, minimal):
     assert recipe.special_tokens.eos_token == "</s>"
     (fault,) = faults_of(text + "special_tokens:\n  eos_token: <end>\n")
     assert (fault.key, fault.line) == ("tokens.eos_token", 11)
+
+
+def test_every_key_that_axolotl_declares_has_a_status():
+    top = {*Recipe.model_fields, *WORDS, *READ_OTHERWISE}
+    of_entries = {*Dataset.model_fields, *DATASET_WORDS, *DATASET_READ_OTHERWISE}
+    known = top | {f"datasets[].{name}" for name in of_entries}
+    assert set(SCHEMA_KEYS) <= known
+    assert len(SCHEMA_KEYS) > 500
 
 
 def test_the_example_keys_are_a_list_of_names():

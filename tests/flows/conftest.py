@@ -7,10 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
+
+from regrow.infra.launch import die_with_parent
 
 SCRIPT = Path(sys.executable).parent / "regrow"
 
@@ -54,6 +57,7 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
             process_group=0,
+            preexec_fn=die_with_parent,  # a test that is broken off leaves nothing running
         )
 
     def regrow(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -92,11 +96,10 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait(30)
 
 
-@pytest.fixture
-def place(tmp_path, tiny_llama_dir) -> Place:
-    """A pipeline of some seconds: 40 rows, LoRA on the tiny model, 8 steps."""
-    recipe = {
-        "base_model": str(tiny_llama_dir),
+def small_recipe(model: Path, output_dir: Path) -> dict[str, Any]:
+    """A pipeline of some seconds: LoRA on a tiny model, 8 steps, the rows in `rows.jsonl`."""
+    return {
+        "base_model": str(model),
         "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
         "val_set_size": 6,
         "sequence_len": 128,
@@ -119,8 +122,14 @@ def place(tmp_path, tiny_llama_dir) -> Place:
         "eval_steps": 4,
         "eval_table_size": 3,
         "eval_max_new_tokens": 4,
-        "output_dir": str(tmp_path / "outputs"),
+        "output_dir": str(output_dir),
     }
+
+
+@pytest.fixture
+def place(tmp_path, tiny_llama_dir) -> Place:
+    """A pipeline of some seconds: 40 rows, LoRA on the tiny model, 8 steps."""
+    recipe = small_recipe(tiny_llama_dir, tmp_path / "outputs")
     env = {
         **os.environ,
         "REGROW_HOME": str(tmp_path / "home"),

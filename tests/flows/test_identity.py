@@ -27,7 +27,7 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "tokenizer_type": (["PreTrainedTokenizerFast"], NOTHING),
     "trust_remote_code": (["true"], NOTHING),
     "special_tokens": (["{pad_token: <|endoftext|>}"], ALL),
-    "tokens": (["[<new>]"], ALL),
+    "tokens": (["[<new>]", "--lora_modules_to_save=[embed_tokens, lm_head]"], ALL),
     "attn_implementation": (["sdpa"], NOTHING),
     "test_datasets": (["[{path: rows.jsonl, type: chat_template}]", "--val_set_size=0"], ALL),
     "val_set_size": (["7"], ALL),
@@ -123,7 +123,6 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "greater_is_better": (["false"], NOTHING),
     "seed": (["7"], ALL),
     "bf16": (["true"], WEIGHTS),
-    "fp16": (["true"], REFUSED),
     "tf32": (["false"], NOTHING),
     "gradient_checkpointing": (["true"], NOTHING),
     "gradient_checkpointing_kwargs": (["{use_reentrant: true}"], NOTHING),
@@ -140,7 +139,11 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "eval_table_size": (["4"], SCORES),
     "eval_max_new_tokens": (["5"], SCORES),
     "num_processes": (["2"], NOTHING),
+    "launcher": (["ray"], NOTHING),
+    "ray_num_workers": (["2", "--launcher=ray"], NOTHING),
+    "resources_per_worker": (["{CPU: 2}", "--launcher=ray"], NOTHING),
     "store": (["memory://elsewhere"], NOTHING),
+    "kernels": (["[mlp]"], NOTHING),
     "deepspeed": (["zero2.json"], NOTHING),
     "fsdp_version": (["2", "--fsdp_config={reshard_after_forward: true}"], NOTHING),
     "fsdp_config": (["{offload_params: true}"], NOTHING),
@@ -169,6 +172,34 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "hub_strategy": (["every_save"], NOTHING),
     "register_as": (["mine"], PUBLISH),
 }
+# Who hears of the course of training decides nothing: all at once, for speed.
+REPORTING = {
+    "use_wandb": "true",
+    "wandb_project": "mine",
+    "wandb_entity": "us",
+    "wandb_name": "mine",
+    "wandb_run_id": "r1",
+    "wandb_mode": "offline",
+    "wandb_watch": "all",
+    "use_tensorboard": "true",
+    "use_trackio": "true",
+    "trackio_project_name": "mine",
+    "trackio_run_name": "mine",
+    "trackio_space_id": "us/mine",
+    "use_comet": "true",
+    "comet_project_name": "mine",
+    "comet_workspace": "us",
+    "comet_experiment_key": "k" * 32,
+    "comet_mode": "create",
+    "comet_online": "false",
+    "use_swanlab": "true",
+    "swanlab_project": "mine",
+    "swanlab_experiment_name": "mine",
+    "swanlab_workspace": "us",
+    "swanlab_mode": "local",
+    "swanlab_web_host": "http://127.0.0.1:1",
+    "swanlab_api_host": "http://127.0.0.1:2",
+}
 # Their content decides, not their text: tests/flows/test_cache.py.
 BY_CONTENT = {"base_model", "tokenizer_config", "datasets"}
 
@@ -180,7 +211,7 @@ def keys(place, overrides: list[str]) -> dict[str, str]:
 
 
 def test_every_key_of_the_recipe_is_placed():
-    assert set(Recipe.model_fields) == set(FIELDS) | BY_CONTENT
+    assert set(Recipe.model_fields) == set(FIELDS) | set(REPORTING) | BY_CONTENT
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -203,6 +234,22 @@ def test_a_key_enters_the_stages_it_decides_and_no_other(place, field):
         before.pop("merge")
         expected = expected - {"merge"}
     assert {title for title in before if before[title] != after[title]} == expected
+
+
+def test_reporting_enters_no_key(place):
+    overrides = [f"--{key}={value}" for key, value in REPORTING.items()]
+    recipe, plain = (load_recipe(place.recipe, words).recipe for words in (overrides, []))
+    assert all(getattr(recipe, key) != getattr(plain, key) for key in REPORTING)
+    assert keys(place, overrides) == keys(place, [])
+
+
+def test_placement_in_all_its_ways_at_once_enters_no_key(place):
+    words = [
+        word
+        for field in ("micro_batch_size", "num_processes", "fsdp_config", "tf32", "kernels")
+        for word in (f"--{field}={FIELDS[field][0][0]}", *FIELDS[field][0][1:])
+    ]
+    assert keys(place, words) == keys(place, [])
 
 
 def test_new_weights_of_the_same_name_rerun_all_but_prepare(place, tiny_llama_dir):

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from regrow.infra.launch import WorkerFailed, run_workers
+from regrow.infra.launch import WorkerFailed, _stopped_by, run_workers
 
 FAILING = """
 import os
@@ -74,6 +75,14 @@ def test_no_worker_outlives_the_process_that_launched_it(tmp_path, death):
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.2)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_a_wish_to_stop_ends_the_process():
+    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], text=True)
+    stop = threading.Event()
+    with _stopped_by(stop, agent):
+        stop.set()
+        assert agent.wait(60) == -signal.SIGTERM
 
 
 def _wait_for(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from regrow.infra.secrets import MASK, mask_secrets
+from regrow.infra.secrets import MASK, mask_secrets, mask_texts
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,13 @@ def test_everyday_text_is_unchanged(text: str) -> None:
 def test_the_rest_of_the_line_stays() -> None:
     text = "https://me:pw@host:5000/a?b=c and hub_token: xyz, region: eu"
     assert mask_secrets(text) == "https://***@host:5000/a?b=c and hub_token: ***, region: eu"
+
+
+def test_maps_and_lists_are_masked_and_keep_their_shape() -> None:
+    given = {"a": ["http://me:pw@host", 7], "hub_token": "abc", "pad_token": "</s>", "b": None}
+    assert mask_texts(given) == {
+        "a": ["http://***@host", 7],
+        "hub_token": MASK,
+        "pad_token": "</s>",
+        "b": None,
+    }

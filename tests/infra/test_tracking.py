@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from regrow.infra.tracking import MetricsReporter, Tracker, TrackingError
+from regrow.infra.tracking import Dataset, MetricsReporter, Tracker, TrackingError
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,11 @@ def test_no_secret_is_recorded(tracker: Tracker, client: MlflowClient) -> None:
     run_id = tracker.start_run("secret", {"api_key": "hush1"}, "see https://u:hush2@h/x")
     tracker.log_params(run_id, {"hub_token": "hush3", "url": "s3://k:hush4@b", "eos_token": "</s>"})
     tracker.log_text(run_id, "password: hush5\n", "recipe.yaml")
-    tracker.log_dataset(run_id, "d", "https://u:hush6@h/d.jsonl", "0", "source", {})
+    tracker.log_datasets(run_id, [Dataset("d", "https://u:hush6@h/d.jsonl", "0", "source")])
+    tracker.log_table(run_id, ["answer"], [["api_key: hush7"]], "t.json")
     run = client.get_run(run_id)
     written = f"{run.to_dictionary()}{_artifact(client, run_id, 'recipe.yaml')!r}"
+    written += str(_artifact(client, run_id, "t.json"))
     assert "hush" not in written
     assert run.data.params["eos_token"] == "</s>"
 
@@ -89,11 +91,9 @@ def test_files_are_kept_as_given(tracker: Tracker, client: MlflowClient) -> None
     run_id = tracker.start_run("files")
     tracker.log_figure_bytes(run_id, b"\x89PNG...", "figures/loss.png")
     tracker.log_html(run_id, "<p>hé</p>", "lineage/lineage.html")
-    tracker.log_json(run_id, {"a": [1, "é"]}, "lineage/lineage.json")
     tracker.log_table(run_id, ["prompt", "before"], [["hi", "a"], ["you", "b"]], "gen.json")
     assert _artifact(client, run_id, "figures/loss.png") == b"\x89PNG..."
     assert _artifact(client, run_id, "lineage/lineage.html").decode() == "<p>hé</p>"
-    assert json.loads(_artifact(client, run_id, "lineage/lineage.json")) == {"a": [1, "é"]}
     table = json.loads(_artifact(client, run_id, "gen.json"))
     assert table == {"columns": ["prompt", "before"], "data": [["hi", "a"], ["you", "b"]]}
 
@@ -121,8 +121,10 @@ def test_datasets_show_their_address(tracker: Tracker, client: MlflowClient) -> 
         "/d/y.jsonl": ("local", "uri"),
         "https://h/x.jsonl": ("http", "url"),
     }
-    for i, place in enumerate(places):
-        tracker.log_dataset(run_id, f"d{i}", place, "f" * 64, "training", {"rows": 5})
+    tracker.log_datasets(
+        run_id,
+        [Dataset(f"d{i}", x, "f" * 64, "training", {"rows": 5}) for i, x in enumerate(places)],
+    )
     inputs = {i.dataset.name: i for i in client.get_run(run_id).inputs.dataset_inputs}
     for i, (place, (kind, field)) in enumerate(places.items()):
         dataset = inputs[f"d{i}"].dataset
@@ -139,8 +141,8 @@ def test_models_are_linked_to_their_maker_and_user(tracker: Tracker, client: Mlf
     merged = tracker.external_model("merged", merge, "merged", "s3://m", "d2")
     tracker.link_models(train, outputs=[adapter])
     tracker.link_models(merge, [adapter], [merged])
-    data = ("alpaca", "f" * 64)
-    tracker.log_dataset(merge, data[0], "s3://b/x", data[1], "eval", {})
+    data = Dataset("alpaca", "s3://b/x", "f" * 64, "eval")
+    tracker.log_datasets(merge, [data])
     tracker.log_metrics(merge, {"eval/loss": 1.5}, model_id=merged, dataset=data)
 
     run = client.get_run(merge)
@@ -151,6 +153,10 @@ def test_models_are_linked_to_their_maker_and_user(tracker: Tracker, client: Mlf
     assert (model.params or {})["uri"] == "s3://m"
     assert [(m.key, m.dataset_name) for m in model.metrics or []] == [("eval/loss", "alpaca")]
     assert client.get_logged_model(adapter).name == "a-b-c"
+    assert tracker.find_model("d2") == merged
+    assert tracker.find_model("d3") is None
+    tracker.set_model_tags(merged, {"mlflow.note.content": "**text**"})
+    assert (client.get_logged_model(merged).tags or {})["mlflow.note.content"] == "**text**"
 
 
 def test_one_model_is_registered_once(tracker: Tracker, client: MlflowClient) -> None:
@@ -172,7 +178,18 @@ def test_runs_are_found_by_tag(tracker: Tracker) -> None:
     assert [(run.run_id, run.name, run.metrics) for run in found] == [
         (run_id, "findme", {"loss": 2.0})
     ]
-    assert tracker.run_url(run_id) is None
+    assert tracker.url("#/x") is None
+
+
+def test_runs_of_other_experiments_are_found_when_asked_for(tracker: Tracker, uri: str) -> None:
+    run_id = Tracker(uri, "neighbour").start_run("far", {"stage.key": "far"})
+    assert tracker.find_runs("tags.`stage.key` = 'far'") == []
+    (found,) = tracker.find_runs("tags.`stage.key` = 'far'", everywhere=True)
+    assert (found.run_id, found.experiment_id != tracker.experiment_id) == (run_id, True)
+
+
+def test_addresses_of_pages_hold_no_password() -> None:
+    assert Tracker("http://me:hush@host:5000/", "e").url("#/x") == "http://host:5000/#/x"
 
 
 def test_a_parameter_cannot_be_changed(tracker: Tracker) -> None:

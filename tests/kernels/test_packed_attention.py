@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from regrow.kernels import packed_attention as backends
 from regrow.kernels.packed_attention import packed_attention
 
 # One tolerance per dtype: float32 sums in another order; bfloat16 has 8 bits of mantissa, and
@@ -154,3 +155,30 @@ def test_mixed_dtypes_are_an_error():
     cu = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="dtype"):
         packed_attention(q, q.bfloat16(), q.bfloat16(), cu, 4, scale=1.0)
+
+
+BACKENDS = [
+    # (capability, packages, head size, soft cap) -> the fastest that can do it
+    ((10, 0), {"flash-attn-4", "flash-attn"}, 128, False, "flash_attn_4"),
+    ((10, 0), {"flash-attn-4"}, 256, False, "torch_varlen"),
+    ((10, 0), {"flash-attn-4", "flash-attn"}, 128, True, "flash_attn_2"),
+    ((9, 0), {"flash-attn-4"}, 128, False, "torch_varlen"),
+    ((9, 0), {"flash_attn_interface", "flash-attn"}, 128, False, "flash_attn_3"),
+    ((8, 0), {"flash_attn_interface", "flash-attn"}, 128, False, "flash_attn_2"),
+    ((9, 0), set(), 128, False, "torch_varlen"),
+    ((9, 0), set(), 128, True, "per_example"),
+    ((9, 0), {"flash_attn_interface"}, 512, False, "per_example"),
+]
+
+
+@pytest.mark.parametrize(("capability", "packages", "head", "softcap", "expected"), BACKENDS)
+def test_the_fastest_backend_that_can_do_it(
+    monkeypatch, capability, packages, head, softcap, expected
+):
+    modules = {"flash_attn"} if packages & {"flash-attn", "flash-attn-4"} else set()
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name in packages | modules)
+    monkeypatch.setattr(backends, "_is_distributed", lambda name: name in packages)
+    name, _, why = backends._choose("cuda", torch.bfloat16, head, softcap)
+    assert name == expected
+    assert bool(why) == (name == "per_example")

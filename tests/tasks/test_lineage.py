@@ -8,6 +8,8 @@ import pytest
 from regrow.infra.artifacts import FileEntry, Record
 from regrow.tasks import lineage
 from regrow.tasks.headline import headline
+from regrow.tasks.lineage_picture import draw
+from regrow.tasks.stage import StageError
 
 DATA, TOKENIZER, WEIGHTS = "a1" * 32, "b2" * 32, "c3" * 32
 
@@ -33,7 +35,10 @@ RECORDS = [
         "prepare",
         "1",
         result=SPLITS,
-        spec={"datasets": [{"files": [{"sha256": DATA}]}], "tokenizer": TOKENIZER},
+        spec={
+            "datasets": [{"parts": [{"files": [{"kind": "jsonl", "sha256": DATA}]}]}],
+            "tokenizer": TOKENIZER,
+        },
         placement={
             "locations": {DATA: "https://me:hush@host/data/talks.jsonl"},
             "tokenizer_path": "/models/small",
@@ -168,3 +173,23 @@ def test_drawn_boxes_do_not_overlap_and_lines_go_to_the_right(lookup):
         for level, end in re.findall(r"(\d+)H(\d+)", path.replace(" H", "H")):
             for x, y, width, height in boxes:  # what runs straight through a column hits no box
                 assert not (x < float(end) <= x + width and y <= float(level) <= y + height)
+
+
+@pytest.mark.parametrize(
+    ("ending", "begin"), [("svg", b"<svg"), ("png", b"\x89PNG"), ("html", b"<!doctype html>")]
+)
+def test_picture_is_written_by_the_ending_of_its_name(lookup, tmp_path, ending, begin):
+    file = tmp_path / f"lineage.{ending}"
+    draw(LAST, lookup, file)
+    content = file.read_bytes()
+    assert content.startswith(begin)
+    assert b"hush" not in content
+    draw(LAST, lookup, file)
+    assert file.read_bytes() == content
+
+
+def test_picture_of_another_kind_or_place_is_refused(lookup, tmp_path):
+    with pytest.raises(StageError, match=r"must end in \.svg, \.png or \.html"):
+        draw(LAST, lookup, tmp_path / "lineage.pdf")
+    with pytest.raises(StageError, match="No such file or directory"):
+        draw(LAST, lookup, tmp_path / "nowhere" / "lineage.svg")

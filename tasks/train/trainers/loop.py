@@ -117,8 +117,13 @@ class StepLoop(_Base):
         return super().create_optimizer(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Nothing: the Trainer's own checkpoint is empty; `SaveCheckpoints` makes a real one."""
-        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+        """Nothing: the Trainer's own checkpoint is empty; `SaveCheckpoints` makes a real one.
+
+        Only the rank that writes into its directory makes it, and `SaveCheckpoints` removes it
+        there: another rank that came later would find it vanishing, or leave it behind.
+        """
+        if self.args.should_save:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
 
     @property
     def engine(self) -> Engine:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from regrow.tasks.modeling.offload import OffloadSaved
 from regrow.tasks.train.learning_rate import make_scheduler
 from regrow.tasks.train.losses import loss_function
 from regrow.tasks.train.optimizers import (
@@ -30,15 +31,29 @@ class Optimization(_Base):
     """Trainer behaviour that follows from the part of the spec about optimizing."""
 
     def __init__(
-        self, *, spec: TrainSpec, partly_trained: frozenset[str] = frozenset(), **kwargs: Any
+        self,
+        *,
+        spec: TrainSpec,
+        partly_trained: frozenset[str] = frozenset(),
+        model_has_loss: bool = False,
+        offloads: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """`partly_trained`: names of parameters of which some rows are frozen."""
+        """`partly_trained`: names of parameters of which some rows are frozen; `model_has_loss`:
+        the model's own loss has the recipe's terms already (`regrow.tasks.modeling.loss_head`);
+        `offloads`: activations that are kept wait in the host's memory."""
+        loss = None if model_has_loss else loss_function(spec.label_smoothing, spec.z_loss)
         super().__init__(
-            optimizer_cls_and_kwargs=own_optimizer(spec),
-            compute_loss_func=loss_function(spec.label_smoothing, spec.z_loss),
-            **kwargs,
+            optimizer_cls_and_kwargs=own_optimizer(spec), compute_loss_func=loss, **kwargs
         )
-        self._spec, self._partly_trained = spec, partly_trained
+        self._spec, self._partly_trained, self._offloads = spec, partly_trained, offloads
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does."""
+        if not self._offloads:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with OffloadSaved(inputs["input_ids"].shape[1]):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Weight decay would draw the frozen rows of a parameter to zero."""

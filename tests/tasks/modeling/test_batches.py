@@ -58,3 +58,19 @@ def test_rows_longer_than_the_padding_are_an_error():
 def test_a_learnt_first_token_is_our_own_bug():
     with pytest.raises(AssertionError, match="predecessor"):
         flatten([row([5, 6], [1, 1], [2])])
+
+
+def test_a_batch_is_padded_to_a_multiple():
+    batch = flatten(ROWS, multiple_of=4)
+    assert batch["input_ids"].shape == (1, 8)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 7, 8]
+    assert flatten(ROWS, multiple_of=7)["cu_seq_lens_q"].tolist() == [0, 3, 5, 7]
+    assert flatten([], multiple_of=64)["input_ids"].shape == (1, 64)
+
+
+def test_supervised_rows_are_those_before_a_learnt_token():
+    batch = flatten(ROWS, multiple_of=4)
+    labels = batch["labels"][0]
+    assert batch["supervised_rows"].tolist() == [0, 1, 3, 5]
+    assert (labels[batch["supervised_rows"] + 1] != -100).all()
+    assert flatten([])["supervised_rows"].numel() == 0

@@ -55,6 +55,19 @@ def rank_pids(job: WorkerJob) -> dict[int, int]:
     return found
 
 
+def rank_pids_of(pid: int) -> dict[int, int]:
+    """{local rank: process id} of the living ranks below a process."""
+    found = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            words, env = process.cmdline(), process.environ()
+        except psutil.Error:
+            continue
+        if MODULE in words and "LOCAL_RANK" in env:
+            found[int(env["LOCAL_RANK"])] = process.pid
+    return found
+
+
 class KillAtStep:
     """Sends a signal to a rank when a step is reported."""
 

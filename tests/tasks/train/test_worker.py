@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from regrow.tasks.stage import StageError
 from regrow.tasks.train.metrics import read_metrics
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec
+from regrow.tasks.train.trainers.loop import StepLoop
 from regrow.tasks.train.worker import train
 
 # Dropout makes a resume fail that does not restore the random state.
@@ -133,6 +135,16 @@ def test_only_the_newest_checkpoints_are_kept(make_job):
     kept = [key[-2:] for key in store.children("checkpoints/a")]
     assert kept == ["10", "12"]
     assert not list((job.work / "unfinished").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slower_rank_neither_meets_nor_leaves_a_vanishing_directory(tmp_path, rank):
+    """Rank 0 removes the Trainer's empty checkpoint while others may still be on their way to it:
+    of what is removed they must not make anything."""
+    place = tmp_path / "checkpoint-20"
+    loop = SimpleNamespace(args=SimpleNamespace(should_save=rank == 0))
+    StepLoop.save_model(loop, str(place))
+    assert place.is_dir() == (rank == 0)
 
 
 def test_evaluating_and_saving_leave_no_trace_in_the_weights(make_job, file_bytes):

@@ -1,0 +1,152 @@
+"""What is known of a model and its tokenizer, read from JSON files where they are at hand.
+
+A fact that is None is not known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAX_BYTES = 1 << 25
+"""A tokenizer.json has up to some 20 MB; more is something else."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's config.json says."""
+
+    layers: int | None = None
+    """Transformer layers."""
+    positions: int | None = None
+    """Longest text it was made for, in tokens."""
+    vocabulary: int | None = None
+    """Rows of its embeddings."""
+    stored: str | None = None
+    """How its weights are quantized in their files ("gptq", "fp8", ...); None: they are plain."""
+    mixers: frozenset[str] = frozenset()
+    """Kinds of its layers, where it names them."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts:
+        """The facts in a config.json."""
+        text = config.get("text_config")
+        text = text if isinstance(text, Mapping) else config
+        quantized = config.get("quantization_config")
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        mixers = text.get("layer_types")
+        mixers = mixers if isinstance(mixers, list) else []
+        chunked = ["chunked_attention"] if text.get("attention_chunk_size") else []
+        return cls(
+            layers=_whole(text, "num_hidden_layers"),
+            positions=_whole(text, "max_position_embeddings"),
+            vocabulary=_whole(text, "vocab_size"),
+            stored=str(method) if method else None,
+            mixers=frozenset(map(str, [*mixers, *chunked])),
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What a tokenizer's files say."""
+
+    has_template: bool | None = None
+    """Whether it has a chat template of its own."""
+    tokens: frozenset[str] | None = None
+    """Texts of all its tokens."""
+
+    @classmethod
+    def from_files(cls, directory: Path, with_tokens: bool) -> TokenizerFacts:
+        """The facts in a directory; `with_tokens` reads the large tokenizer.json as well."""
+        settings = _json(directory / "tokenizer_config.json")
+        own = any((directory / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
+        template = own or (bool(settings.get("chat_template")) if settings is not None else None)
+        found = _json(directory / "tokenizer.json") if with_tokens else None
+        return cls(template, _tokens(found) if found is not None else None)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is known."""
+
+    model: ModelFacts | None = None
+    tokenizer: TokenizerFacts | None = None
+
+
+def facts_at_hand(
+    base_model: str,
+    tokenizer: str | None,
+    revision: str | None,
+    environment: Mapping[str, str],
+    with_tokens: bool,
+) -> Facts:
+    """The facts in local directories, or in the hub's cache on this machine; nothing is fetched.
+
+    Args:
+        environment: where it says that the cache is; without variables, hub ids tell nothing.
+        with_tokens: whether the tokenizer's tokens are of interest.
+    """
+    model = _directory(base_model, revision, environment)
+    config = _json(model / "config.json") if model else None
+    own = _directory(tokenizer, None, environment) if tokenizer else model
+    return Facts(
+        ModelFacts.from_config(config) if config is not None else None,
+        TokenizerFacts.from_files(own, with_tokens) if own else None,
+    )
+
+
+def _directory(name: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+    if "\0" in name:
+        return None
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return path
+        if not environment or name.count("/") != 1:
+            return None
+        folder = _hub_cache(environment) / f"models--{name.replace('/', '--')}"
+        reference = folder / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision or ""
+        found = folder / "snapshots" / commit
+        return found if commit and found.is_dir() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _hub_cache(environment: Mapping[str, str]) -> Path:
+    """As huggingface_hub finds it."""
+    cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
+    return Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or none that can be read: whoever needs it will say so."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            return None
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _tokens(found: Mapping[str, Any]) -> frozenset[str] | None:
+    model, added = found.get("model"), found.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, list):  # Unigram: pairs of text and score
+        texts = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
+    elif isinstance(vocabulary, Mapping):
+        texts = list(vocabulary)
+    else:
+        return None
+    more = [each.get("content") for each in added or () if isinstance(each, Mapping)]
+    return frozenset(text for text in (*texts, *more) if isinstance(text, str))
+
+
+def _whole(config: Mapping[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,129 @@
+"""Phase 1 for keys whose meaning other keys say here: packed lengths, lowest rates, formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrow.configs.draft import Draft
+
+
+def read_meanings(draft: Draft) -> None:
+    """Say each of them in the words of our fields, with a notice."""
+    _safetensors(draft)
+    _packed_length(draft)
+    _expert_balance(draft)
+    _perplexity(draft)
+    _unfrozen_beside_adapter(draft)
+    _lowest_rate(draft)
+    _whole_logging_steps(draft)
+    _checkpointing(draft)
+
+
+def _safetensors(draft: Draft) -> None:
+    """True is what happens anyway; false is told."""
+    if draft.data.get("save_safetensors") is True:
+        del draft.data["save_safetensors"]
+    elif draft.data.get("save_safetensors") is False:
+        draft.data["save_safetensors"] = "false"  # false, and yet not "off"
+
+
+def _packed_length(draft: Draft) -> None:
+    """`max_packed_sequence_len` was packing, into rows of that length."""
+    length = draft.data.pop("max_packed_sequence_len", None)
+    if not length:
+        return
+    if isinstance(length, bool) or not isinstance(length, int):
+        why = "expected a whole number"
+        draft.fault(("max_packed_sequence_len",), why, "Use `sample_packing: true`", length)
+        return
+    why = "`max_packed_sequence_len` asks for packed rows"
+    if draft.data.get("sample_packing") is not True:
+        draft.set(("sample_packing",), True, why)
+    if draft.data.get("sequence_len") != length:
+        draft.set(("sequence_len",), length, f"{why} of this length, and no example is longer")
+
+
+def _expert_balance(draft: Draft) -> None:
+    """What published recipes mostly set in the model's configuration, with the reason why not."""
+    for key in ("model_config", "overrides_of_model_config"):
+        settings = draft.data.get(key)
+        if not isinstance(settings, dict) or not settings or not settings.keys() <= _OF_ROUTERS:
+            continue
+        value = draft.data.pop(key)
+        if value.get("output_router_logits"):
+            why = (
+                "the loss that balances a mixture's experts is not here yet (it depends on how a "
+                "batch is split over devices)"
+            )
+            path = (key, "output_router_logits")
+            draft.fault(path, why, "Remove it to train without", True)
+        else:
+            draft.ignore(key, "without `output_router_logits` experts are not balanced anyway")
+
+
+_OF_ROUTERS = {"output_router_logits", "router_aux_loss_coef"}
+
+
+def _perplexity(draft: Draft) -> None:
+    """The one of Axolotl's measures of generation that is here: of the validation data."""
+    if draft.data.get("eval_causal_lm_metrics") != ["perplexity"]:
+        return
+    for key in ("eval_causal_lm_metrics", "do_causal_lm_eval"):
+        if draft.data.pop(key, None):
+            why = "the perplexity on validation data is always taken, before and after training"
+            draft.ignore(key, why)
+
+
+def _unfrozen_beside_adapter(draft: Draft) -> None:
+    """With an adapter Axolotl looks for the patterns in PEFT's names, which begin otherwise."""
+    patterns = draft.data.get("unfrozen_parameters")
+    given = [str(p) for p in (patterns if isinstance(patterns, list) else [patterns])]
+    if not draft.data.get("adapter") or patterns is None:
+        return
+    if all(p.startswith("^") and not p.startswith("^base_model") for p in given):
+        del draft.data["unfrozen_parameters"]
+        why = (
+            "with `adapter` the base is frozen and the adapter alone is trained (Axolotl finds no "
+            "parameter that begins so, freezes the adapter, too, and trains nothing)"
+        )
+        draft.ignore("unfrozen_parameters", why)
+
+
+def _lowest_rate(draft: Draft) -> None:
+    """`eta_min`, torch's name for the rate at which a cosine ends. Axolotl does not read it."""
+    lowest = draft.data.pop("eta_min", None)
+    if not lowest:
+        return
+    share = _share(lowest, draft.data.get("learning_rate"))
+    if draft.data.get("lr_scheduler", "cosine") != "cosine" or "cosine_min_lr_ratio" in draft.data:
+        why, remedy = "only a cosine ends at it, and its own keys come first", "Remove it"
+        draft.fault(("eta_min",), why, remedy, lowest)
+    elif share is None:
+        why = "expected a number from 0 to `learning_rate`"
+        draft.fault(("eta_min",), why, "Use `cosine_min_lr_ratio`", lowest)
+    else:
+        why = f"`eta_min` is {lowest}, the rate at which the cosine ends (Axolotl ignores it)"
+        draft.set(("cosine_min_lr_ratio",), share, why)
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    try:
+        share = round(float(part) / float(whole), 9)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return share if 0 < share <= 1 else None
+
+
+def _whole_logging_steps(draft: Draft) -> None:
+    """Transformers takes a share of all steps here, too."""
+    steps = draft.data.get("logging_steps")
+    if isinstance(steps, float) and 0 < steps < 1:
+        why = "a share of all steps is not known yet; reports come more often"
+        draft.set(("logging_steps",), 1, why)
+
+
+def _checkpointing(draft: Draft) -> None:
+    kind = draft.data.get("gradient_checkpointing")
+    if kind == "offload_disk":
+        why = "activations wait in the host's memory, not on its disk"
+        draft.set(("gradient_checkpointing",), "offload", why)

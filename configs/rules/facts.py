@@ -1,0 +1,174 @@
+"""Rules between the recipe and what is known of its model and tokenizer.
+
+Each runs as soon as its fact is known: for a model in a local directory or in the hub's cache, when
+the recipe is read. What is not known yet is checked by the stage that needs it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from regrow.configs.facts import Facts, ModelFacts, TokenizerFacts
+from regrow.configs.faults import Notice
+from regrow.configs.recipe import Recipe
+from regrow.configs.rules.rule import Breach
+
+Found = Breach | Notice
+"""A fault, or something its author should know."""
+
+
+@dataclass(frozen=True)
+class FactRule:
+    """One condition between a recipe and the facts."""
+
+    check: Callable[[Recipe, Facts], Iterator[Found]]
+    reads: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.check.__name__
+
+
+def of_model(*reads: str) -> Callable[[Callable[[Recipe, ModelFacts], Iterator[Found]]], FactRule]:
+    """Make a function a rule that needs the model's config.json."""
+
+    def make(check: Callable[[Recipe, ModelFacts], Iterator[Found]]) -> FactRule:
+        def check_facts(recipe: Recipe, facts: Facts) -> Iterator[Found]:
+            if facts.model is not None:
+                yield from check(recipe, facts.model)
+
+        check_facts.__name__, check_facts.__doc__ = check.__name__, check.__doc__
+        return FactRule(check_facts, frozenset(reads))
+
+    return make
+
+
+def of_tokenizer(
+    *reads: str,
+) -> Callable[[Callable[[Recipe, TokenizerFacts, Facts], Iterator[Found]]], FactRule]:
+    """Make a function a rule that needs the tokenizer's files."""
+
+    def make(check: Callable[[Recipe, TokenizerFacts, Facts], Iterator[Found]]) -> FactRule:
+        def check_facts(recipe: Recipe, facts: Facts) -> Iterator[Found]:
+            if facts.tokenizer is not None:
+                yield from check(recipe, facts.tokenizer, facts)
+
+        check_facts.__name__, check_facts.__doc__ = check.__name__, check.__doc__
+        return FactRule(check_facts, frozenset(reads))
+
+    return make
+
+
+_DEQUANTIZED = ("fp8", "mxfp4")
+_SEPARABLE = {"full_attention", "sliding_attention"}
+
+
+@of_model("base_model")
+def stored_weights_can_be_merged_into(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """An adapter is merged into plain weights; those stored in FP8 or MXFP4 are made plain."""
+    if model.stored and model.stored not in _DEQUANTIZED:
+        why = f"its weights are stored quantized ({model.stored}), where nothing can be merged in"
+        yield ("base_model",), why, "Use the unquantized model, with `adapter: qlora`"
+
+
+@of_model("model_quantization_config")
+def plain_weights_need_no_dequantizing(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """model_quantization_config is about weights that are stored quantized."""
+    if recipe.model_quantization_config and not model.stored:
+        why = "the model's weights are stored plain"
+        yield Notice("ignored", ("model_quantization_config",), why)
+
+
+@of_model("base_model")
+def layers_keep_examples_apart(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """Packed rows need layers that see one example at a time."""
+    others = sorted(model.mixers - _SEPARABLE)
+    if others:
+        why = f"its layers ({', '.join(others)}) would carry one packed example into the next"
+        yield ("base_model",), f"{why}, and cannot be trained here yet", "Use another model"
+
+
+@of_model("peft_layers_to_transform")
+def layers_are_there(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """Layers that get an adapter are layers of the model."""
+    wanted = recipe.peft_layers_to_transform
+    numbers = (wanted,) if isinstance(wanted, int) else wanted or ()
+    if model.layers is not None and any(number >= model.layers for number in numbers):
+        why = f"the model has {model.layers} layers, counted from 0"
+        yield ("peft_layers_to_transform",), why, f"Use 0 to {model.layers - 1}"
+
+
+@of_model("sequence_len")
+def rows_are_as_long_as_positions(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """A model reads longer texts than it was made for less well."""
+    if model.positions is not None and recipe.sequence_len > model.positions:
+        why = f"the model was made for at most {model.positions} tokens"
+        yield Notice("note", ("sequence_len",), why)
+
+
+@of_tokenizer("datasets", "chat_template")
+def conversations_have_a_template(
+    recipe: Recipe, tokenizer: TokenizerFacts, facts: Facts
+) -> Iterator[Found]:
+    """Conversations are rendered with a template, the recipe's or the tokenizer's."""
+    if tokenizer.has_template is not False or recipe.data_kind != "sft":
+        return
+    given = [recipe.chat_template, *(entry.chat_template for entry in recipe.datasets)]
+    if any("fallback" in (name or "") for name in given):
+        return
+    for i, entry in enumerate(recipe.datasets):
+        if entry.type == "chat_template" and entry.chat_template in (None, "tokenizer_default"):
+            why = "the tokenizer has no chat template of its own"
+            yield ("datasets", i, "type"), why, "Set `chat_template`, to chatml for example"
+
+
+@of_tokenizer("eot_tokens", "tokens", "special_tokens")
+def ends_of_turns_are_tokens(
+    recipe: Recipe, tokenizer: TokenizerFacts, facts: Facts
+) -> Iterator[Found]:
+    """What ends a turn is one token. (Of others than `<...>` the text alone does not tell.)"""
+    known = {*(tokenizer.tokens or ()), *recipe.tokens, *special_texts(recipe)}
+    for i, token in enumerate(recipe.eot_tokens if tokenizer.tokens is not None else ()):
+        if re.fullmatch(r"<[!-~]+>", token) and token not in known:
+            yield ("eot_tokens", i), f"the tokenizer has no token {token}", "Add it to `tokens`"
+
+
+@of_tokenizer(
+    *("adapter", "tokens", "special_tokens", "lora_modules_to_save"),
+    "peft_trainable_token_indices",
+)
+def new_tokens_can_be_learnt(
+    recipe: Recipe, tokenizer: TokenizerFacts, facts: Facts
+) -> Iterator[Found]:
+    """An adapter leaves the embeddings of tokens that the model does not know as they are."""
+    trained = recipe.lora_modules_to_save or recipe.peft_trainable_token_indices
+    rows = facts.model.vocabulary if facts.model else None
+    if tokenizer.tokens is None or rows is None or not recipe.uses_adapter or trained:
+        return
+    new = {*recipe.tokens, *special_texts(recipe)} - tokenizer.tokens
+    if new and len(tokenizer.tokens) + len(new) > rows:
+        key = "tokens" if new & set(recipe.tokens) else "special_tokens"
+        why = f"the model does not know {', '.join(sorted(new))}, and an adapter cannot learn it"
+        yield (key,), why, "Add `lora_modules_to_save: [embed_tokens, lm_head]`"
+
+
+def special_texts(recipe: Recipe) -> set[str]:
+    """Texts of the special tokens that the recipe names."""
+    special = recipe.special_tokens
+    named = (special.bos_token, special.eos_token, special.pad_token, special.unk_token)
+    return {text for text in (*named, *special.additional_special_tokens) if text}
+
+
+FACT_RULES: tuple[FactRule, ...] = (
+    stored_weights_can_be_merged_into,
+    plain_weights_need_no_dequantizing,
+    layers_keep_examples_apart,
+    layers_are_there,
+    rows_are_as_long_as_positions,
+    conversations_have_a_template,
+    ends_of_turns_are_tokens,
+    new_tokens_can_be_learnt,
+)

@@ -1,0 +1,159 @@
+"""Calls to a remote store: made again where that can help, explained where it cannot.
+
+Below us botocore tries a request three times and s3fs a broken connection five times; here the
+whole operation is tried again, with pauses that double and are drawn at random, so that many
+machines that failed together do not come back together (Brooker, "Exponential Backoff And Jitter",
+AWS Architecture Blog, 2015). No client library is imported: errors are known by code and name.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TRIES = 6
+_FIRST_PAUSE = 0.2
+_LONGEST_PAUSE = 10.0  # seconds; six tries wait 6 s on average, 12 at most
+
+
+class StoreError(ValueError):
+    """The store cannot be used as asked; the message names the URL and the remedy."""
+
+
+_PASSING_CODES = {
+    *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"),
+    *("TooManyRequests", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"),
+    *("BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload", "BadGateway", "GatewayTimeout"),
+    *("409", "429", "500", "502", "503", "504"),
+}
+# Of botocore, aiohttp, fsspec and azure-core: connections that break, and answers cut short.
+_PASSING_CLASSES = {
+    *("HTTPClientError", "EndpointConnectionError", "ResponseParserError", "FSTimeoutError"),
+    *("ClientPayloadError", "ClientConnectionError", "IncompleteReadError", "IncompleteRead"),
+    *("ServiceRequestError", "ServiceResponseError", "IncompleteTransfer"),
+}
+_PASSING_ERRNO = {
+    *(errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+    *(errno.ETIMEDOUT, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH),
+}
+
+_CREDENTIALS = (
+    "the credentials are refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+    "AWS_SESSION_TOKEN (or the profile that AWS_PROFILE names), and the endpoint they are for"
+)
+_NO_SPACE = "the store has no space left, or a quota is used up; free some, or choose another"
+_ADVICE = {
+    "NoSuchBucket": ("there is no such bucket; create it, or check its name and AWS_ENDPOINT_URL"),
+    "InvalidBucketName": "that is no valid name of a bucket",
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "SignatureDoesNotMatch": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "ExpiredToken": _CREDENTIALS,
+    "RequestTimeTooSkewed": "this machine's clock is wrong; S3 accepts 15 minutes of difference",
+    "QuotaExceeded": _NO_SPACE,
+    "XMinioStorageFull": _NO_SPACE,
+    "InsufficientStorage": _NO_SPACE,
+    "507": _NO_SPACE,
+}
+_ADVICE_OF_CLASS = {
+    "NoCredentialsError": (
+        "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    ),
+    "PartialCredentialsError": _CREDENTIALS,
+    "ProfileNotFound": "AWS_PROFILE names a profile that does not exist",
+    "EndpointConnectionError": "nothing answers there; check the network and AWS_ENDPOINT_URL",
+    "ClientAuthenticationError": "the credentials are refused; check them",
+}
+
+
+class IncompleteTransfer(OSError):  # noqa: N818 (the name says what is the matter)
+    """Fewer or more bytes came than are there."""
+
+
+def patiently(url: str, work: Callable[[], T], tries: int = TRIES) -> T:
+    """`work()`, tried again after faults that pass.
+
+    Args:
+        url: of the store, for messages.
+        work: must be safe to repeat.
+
+    Raises:
+        StoreError: when the store refuses, or still fails after `tries`.
+        OSError: what `work` raises for its own reasons (FileNotFoundError and the like), unchanged.
+    """
+    for attempt in range(tries):
+        try:
+            return work()
+        except Exception as error:
+            if not is_passing(error):
+                advice = _advice(error)
+                if advice is None:
+                    raise
+                raise StoreError(f"{url}: {advice} ({_words(error)})") from error
+            if attempt + 1 == tries:
+                advice = _advice(error) or "the store does not answer as it should; run again later"
+                raise StoreError(f"{url}: {advice} ({_words(error)})") from error
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)))
+    raise AssertionError("tries must be at least 1")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again can help: a broken connection, a busy server, an answer cut short."""
+    code = error_code(error)
+    if code is not None:
+        return code in _PASSING_CODES
+    if isinstance(error, (TimeoutError, ConnectionError)) or _classes(error) & _PASSING_CLASSES:
+        return True
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    if str(status) in _PASSING_CODES:
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def error_code(error: BaseException) -> str | None:
+    """What an S3 server called the fault ("NoSuchBucket", "412"), or None."""
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            return str(response["Error"].get("Code", ""))
+    return None
+
+
+def _advice(error: BaseException) -> str | None:
+    code = error_code(error)
+    if code in _ADVICE:
+        return _ADVICE[code]
+    for each in _chain(error):
+        known = _classes(each) & set(_ADVICE_OF_CLASS)
+        if known:
+            return _ADVICE_OF_CLASS[known.pop()]
+    if isinstance(error, PermissionError):
+        return (
+            "permission denied; these credentials need to list the bucket and to read, write and "
+            "delete objects in it"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _NO_SPACE
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _classes(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    code = error_code(error)
+    return f"{code}: {text}" if code and code not in text else text or type(error).__name__

@@ -1,0 +1,231 @@
+"""What one transformer layer keeps for its backward pass, in bytes a token, formula by formula.
+
+Counted from what Transformers' layers, PEFT's LoRA layers and our kernels save under bfloat16
+autocast with the packed attention; `tests/tasks/forecast/test_activations.py` compares with the
+tensors that the autograd graphs of real layers hold. Where a model is trained whole, its residual
+stream is float32 (the embedding's type); under an adapter it is bfloat16, as the frozen base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regrow.tasks.forecast.model_shape import ModelShape, Weight
+from regrow.tasks.forecast.trainable import Trainable
+
+HALF, FULL = 2, 4
+"""Bytes of bfloat16 and of float32."""
+
+KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
+"""As `regrow.tasks.modeling.kernels` names them."""
+
+FUSED_FAMILIES = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "gemma2", "gemma3_text", "phi3")
+)
+"""Architectures that the kernels are put into (`regrow.tasks.modeling.families`)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How much torch's own operations keep; on a CPU some keep more."""
+
+    mask: int = 1
+    """Bytes of each element of a dropout mask."""
+    attention_copies: int = 0
+    """Further copies of the attention's output: made example by example, then joined."""
+
+
+GPU, CPU = Machine(), Machine(mask=FULL, attention_copies=1)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the layers are computed."""
+
+    kernels: frozenset[str] = frozenset()
+    """Those that are really put in."""
+    bits: int = 16
+    """Of the frozen base's linear layers: 16, 8 or 4."""
+    machine: Machine = GPU
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model and how it is trained."""
+
+    shape: ModelShape
+    weights: Sequence[Weight]
+    trainable: Trainable
+    compute: Compute
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model's own weights are not trained."""
+        return self.trainable.has_adapter
+
+    @property
+    def stream(self) -> int:
+        """Bytes of an element of the residual stream."""
+        return HALF if self.frozen else FULL
+
+    def linear(self, *names: str) -> list[Weight]:
+        """The linear layers of these names."""
+        return [w for w in self.weights if w.kind == "linear" and w.module.endswith(names)]
+
+    def rank(self, weight: Weight) -> int:
+        """Of the adapter on a weight; 0 without one."""
+        return self.trainable.ranks.get(weight.name, 0)
+
+
+def layer_bytes(layer: Layer) -> float:
+    """Bytes a token that the layer keeps between its forward and its backward pass."""
+    return _norms(layer) + _attention(layer) + _feed_forward(layer)
+
+
+def stream_bytes(layer: Layer) -> int:
+    """Bytes a token of the residual stream: what a checkpointed layer keeps."""
+    return layer.stream * layer.shape.hidden
+
+
+# ---- norms ----
+
+
+def _norms(layer: Layer) -> int:
+    names = layer.shape.family.norms
+    # They read the residual stream; in the other arrangements some read what a block gave.
+    before = {"input_layernorm"}
+    before.add("pre_feedforward_layernorm" if len(names) == 4 else "post_attention_layernorm")
+    if "input_layernorm" not in names:
+        before = set()
+    inputs = [layer.stream if name in before else HALF for name in names]
+    return sum(_norm(layer, layer.shape.hidden, size) + FULL for size in inputs)
+
+
+def _norm(layer: Layer, width: int, input_size: int) -> int:
+    """What it reads, and in full training what its own weight is multiplied with."""
+    if "rms_norm" in layer.compute.kernels:
+        return width * (input_size if layer.frozen else FULL)
+    return width * (FULL if layer.frozen else 2 * FULL)
+
+
+# ---- attention ----
+
+
+def _attention(layer: Layer) -> int:
+    sizes = layer.shape.attention
+    fused = "attention" in layer.compute.kernels
+    q, k = sizes.query_heads * sizes.head_size, sizes.kv_heads * sizes.head_size
+    v, out = sizes.kv_heads * sizes.value_size, sizes.query_heads * sizes.value_size
+    flash = HALF * (q + k + v + out)
+    flash += FULL * sizes.query_heads  # log-sum-exp of the scores
+    if layer.shape.family.fused_qkv:
+        flash += HALF * (q + k)  # the values are a part of what the one matrix gave
+    if fused or not layer.frozen or layer.compute.bits == 4:  # the output layer keeps its input
+        flash += HALF * out * layer.compute.machine.attention_copies
+    inputs = layer.linear(
+        "q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"
+    )
+    kept = _inputs(layer, inputs, fused, "new")
+    kept += _inputs(layer, layer.linear("self_attn.o_proj"), fused, "kept already")
+    return flash + kept + _head_norms(layer, q + k, fused) + _latent(layer)
+
+
+def _head_norms(layer: Layer, width: int, fused: bool) -> int:
+    has = [w for w in layer.weights if w.name.endswith("q_norm.weight")]
+    if not has:
+        return 0
+    if fused:
+        return HALF * width
+    # Llama's way: normed, rounded, and then multiplied with the weight; Gemma's stays float32.
+    normed = FULL if layer.shape.family.norms[-1].startswith("post_f") else HALF
+    return width * (FULL + (0 if layer.frozen else normed))
+
+
+def _latent(layer: Layer) -> int:
+    """Latent attention: the low-rank inputs with their norms."""
+    ups = layer.linear("q_b_proj", "kv_b_proj")
+    return sum(_norm(layer, w.shape[1], HALF) + _inputs(layer, [w], False, "new") for w in ups)
+
+
+# ---- linear layers ----
+
+
+def _inputs(layer: Layer, group: Sequence[Weight], fused: bool, source: str) -> int:
+    """What linear layers of one input keep of it, and their adapters' inner values.
+
+    Args:
+        source: "new": nobody else keeps the input; "kept already": in bfloat16, by what made it.
+    """
+    if not group:
+        return 0
+    width, adapted = group[0].shape[1], [w for w in group if layer.rank(w)]
+    ranks = HALF * sum(layer.rank(w) for w in adapted)
+    new = HALF * width if source == "new" else 0
+    if fused:
+        return new + ranks
+    if not layer.frozen:
+        return len(group) * new  # each rounds the float32 input for itself
+    if layer.compute.bits == 8:
+        new = HALF * width * len(group)  # MatMul8bitLt keeps its input
+    elif layer.compute.bits == 16:
+        new = HALF * width * len(adapted)  # PEFT goes through float32: a copy for each adapter
+    elif not adapted:
+        new = 0
+    dropout = 0
+    if layer.trainable.dropout:
+        mask, copy = layer.compute.machine.mask, 0 if layer.compute.bits == 16 else HALF
+        dropout = width * len(adapted) * (mask + copy)
+    dora = 2 * HALF * sum(w.shape[0] for w in adapted) if layer.trainable.dora else 0
+    return new + ranks + dropout + dora
+
+
+# ---- feed-forward ----
+
+
+def _feed_forward(layer: Layer) -> int:
+    experts = [w for w in layer.weights if w.kind == "experts"]
+    shared = layer.linear("shared_expert.down_proj", "shared_experts.down_proj")
+    if experts:
+        return _experts(layer, experts) + (_mlp(layer, shared[0]) if shared else 0)
+    (down,) = layer.linear("mlp.down_proj", "mlp.c_proj")
+    return _mlp(layer, down)
+
+
+def _mlp(layer: Layer, down: Weight) -> int:
+    block, width = down.module.rpartition(".")[0], down.shape[1]
+    fused = "mlp" in layer.compute.kernels and "shared" not in block
+    gated = layer.shape.family.plain_mlp is None
+    ups = [
+        w
+        for w in layer.weights
+        if w.kind == "linear" and w.module.startswith(f"{block}.") and w is not down
+    ]
+    hidden = HALF * width
+    kept = _inputs(layer, ups, fused, "new")
+    if fused:
+        product = hidden if layer.shape.family.fused_gate_up else 0
+        return kept + 2 * hidden + product + _inputs(layer, [down], True, "kept already")
+    # gate, act(gate) and up; without a gate the activation's input alone.
+    kept += (3 if gated else 1) * hidden
+    copies = layer.frozen and layer.compute.bits == 16
+    product = 0 if copies else hidden if not layer.frozen or layer.rank(down) else 0
+    return kept + product + _inputs(layer, [down], False, "kept already")
+
+
+def _experts(layer: Layer, experts: Sequence[Weight]) -> int:
+    """A mixture by grouped products: every token once for each of its experts."""
+    family, config = layer.shape.family, layer.shape.config
+    assert family.experts is not None
+    times, width = config[family.experts.per_token], config[family.experts.width]
+    hidden = layer.shape.hidden
+    ranks = HALF * sum(layer.rank(w) for w in experts)
+    router = FULL * 2 * experts[0].shape[0]
+    if "experts" in layer.compute.kernels:  # the input once, gate and up for each expert
+        return HALF * hidden + times * (HALF * 2 * width + ranks) + router
+    trained = not layer.frozen or any(layer.rank(w) for w in experts)
+    # gate and up in one, act(gate), the output before it is weighted ...
+    kept = HALF * (2 * width + width + hidden)
+    if trained:  # ... and the inputs of both products
+        kept += HALF * (hidden + width)
+    return times * (kept + ranks) + router

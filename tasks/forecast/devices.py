@@ -1,0 +1,105 @@
+"""GPUs by name: their memory, and how much of their peak training is known to reach.
+
+Only measured rates are here; for any other device or method the answer is that there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regrow.tasks.stage import StageError
+
+MIB = 2**20
+
+# `memory.total` of nvidia-smi, in MiB.
+_MEMORY = {
+    "h100": 81559,
+    "h200": 143771,
+    "a100": 81920,
+    "a100-40gb": 40960,
+    "l40s": 46068,
+    "l4": 23034,
+    "a10g": 23028,
+    "t4": 15360,
+    "rtx4090": 24564,
+    "rtx3090": 24576,
+}
+DEVICES = tuple(_MEMORY)
+"""Names for `--device`."""
+
+_PEAK = {"h100": 989.4e12, "h200": 989.4e12}
+"""Dense bfloat16 operations a second of the SXM cards, by NVIDIA's data sheets."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as far as a plan needs it."""
+
+    name: str
+    """A name in `DEVICES`, or what the driver calls it."""
+    memory: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of a device's peak that useful operations reached in measured trainings."""
+
+    lowest: float
+    highest: float
+    source: str
+
+
+_BENCH = "other stacks on one H100 80GB, 2026-11-21 (TRL, Axolotl, Unsloth; packed, 8B or 1B)"
+_OWN = "Regrow without its kernels on one H200, 2026-11-22 (8 layers of the 8B shape)"
+# (device, full | lora | qlora, checkpointing) -> share. Recomputation counts as nothing.
+_RATES = {
+    ("h100", "lora", True): Rate(0.207, 0.326, _BENCH),
+    ("h100", "lora", False): Rate(0.426, 0.462, _BENCH),
+    ("h100", "qlora", True): Rate(0.321, 0.321, _BENCH),
+    ("h100", "qlora", False): Rate(0.404, 0.449, _BENCH),
+    ("h100", "full", False): Rate(0.356, 0.452, _BENCH),
+    ("h200", "lora", True): Rate(0.254, 0.254, _OWN),
+    ("h200", "full", True): Rate(0.335, 0.335, _OWN),
+}
+# Of two GPUs' double rate, measured on 2 x H200 on 2026-11-22 (README, "On a GPU").
+_SCALING = {("ddp", 1): 1.0, ("fsdp2", 1): 1.0, ("ddp", 2): 0.983, ("fsdp2", 2): 0.82}
+
+
+def device_named(name: str) -> Device:
+    """The device of a name in `DEVICES`, in any case and with or without "nvidia", "80gb".
+
+    Raises:
+        StageError: for a name that is not known.
+    """
+    plain = _plain(name)
+    if plain not in _MEMORY:
+        raise StageError(f"--device: {name!r} is not known here; known are {', '.join(DEVICES)}")
+    return Device(plain, _MEMORY[plain] * MIB)
+
+
+def device_of(driver_name: str, memory: int) -> Device:
+    """A GPU of this machine."""
+    plain = _plain(driver_name)
+    return Device(plain if plain in _MEMORY else driver_name, memory)
+
+
+def _plain(name: str) -> str:
+    words = name.lower().replace("geforce", "").replace("nvidia", "").replace("-", " ").split()
+    joined = "".join(w for w in words if w not in ("80gb", "hbm3", "sxm4", "sxm", "pcie", "141gb"))
+    return "a100-40gb" if joined == "a10040gb" else joined
+
+
+def rate(device: str, method: str, checkpointing: bool) -> Rate | None:
+    """What was measured; None where nothing was."""
+    return _RATES.get((device, method, checkpointing))
+
+
+def scaling(way: str, processes: int) -> float | None:
+    """Share of `processes` single GPUs' rate; None where it was not measured."""
+    return _SCALING.get((way, processes))
+
+
+def peak(device: str) -> float:
+    """Dense bfloat16 operations a second of a device that has rates."""
+    return _PEAK[device]

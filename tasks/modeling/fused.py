@@ -1,0 +1,188 @@
+"""Layers that compute with our kernels what a Transformers layer computes, on the same parameters.
+
+Each takes the place of one module of a loaded model and owns that module's children under the same
+names: state dicts, adapters, sharding and checkpoints do not notice. Where the weights are not at
+hand in full (an outer wrapper shards each child by itself) or an adapter is off, it computes as the
+module before did.
+
+Shape legend: T tokens, N query heads, K key heads, D head size, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.kernels.lora_linear import lora_linear
+from regrow.kernels.lora_mlp import lora_mlp
+from regrow.kernels.rms_norm import rms_norm
+from regrow.kernels.rope import rope
+from regrow.kernels.swiglu import gated_activation
+from regrow.tasks.modeling.attention import packed_attention_forward
+from regrow.tasks.modeling.families import Family, activation_of, window_of
+from regrow.tasks.modeling.projections import (
+    are_ready,
+    dropout_of,
+    in_compute_dtype,
+    projection_of,
+)
+
+
+class FusedNorm(nn.Module):
+    """An RMS norm, with `weight` where the other had it."""
+
+    def __init__(self, norm: Any, offset: float) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps: float = epsilon_of(norm)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H]; a weight of a wider type widens the result, as it does in Llama's."""
+        if not self.offset:
+            x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return rms_norm(x, self.weight, self.eps, offset=self.offset)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def epsilon_of(norm: Any) -> float:
+    """What a norm of Transformers adds to the mean square."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP with or without LoRA: children `gate_proj`, `up_proj`, `down_proj`."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        activation = activation_of(mlp)
+        assert activation is not None
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if not are_ready(layers):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = (projection_of(layer) for layer in layers)
+        x = in_compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_mlp(
+                x, gate, up, down, activation=self._activation, dropout=dropout_of(layers)
+            )
+
+
+class FusedGateUpMLP(nn.Module):
+    """A gated MLP whose gate and up are one matrix (Phi-3): `gate_up_proj`, `down_proj`."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        activation = activation_of(mlp)
+        assert activation is not None
+        self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
+        self.activation_fn = mlp.activation_fn
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not are_ready((self.gate_up_proj, self.down_proj)):
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            return self.down_proj(up * self.activation_fn(gate))
+        (both,) = fused_linear(x, self.gate_up_proj)
+        gate, up = both.chunk(2, dim=-1)
+        return fused_linear(gated_activation(gate, up, self._activation), self.down_proj)[0]
+
+
+def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of layers of one input, with their adapters, as one autograd node."""
+    x = in_compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        projections = [projection_of(layer) for layer in layers]
+        return lora_linear(x, *projections, dropout=dropout_of(layers))
+
+
+class FusedAttention(nn.Module):
+    """Attention on packed rows: Q, K and V as one node, rotary embedding with the heads' norms.
+
+    Its own forward serves packed rows; everything else (generation, another attention
+    implementation) goes to the module before, whose children it shares.
+    """
+
+    def __init__(self, attention: Any, family: Family) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self._before = (attention,)  # in a tuple: no child, its parameters have one name
+        self._inputs = input_names(attention)
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.is_causal = attention.is_causal
+        self.sliding_window = window_of(attention, family)
+        self._softcap = attention.attn_logit_softcapping if family.softcap else None
+        self._rotates = bool(getattr(attention, "use_rope", True))
+        self._offset = family.norm_offset
+        norm = getattr(attention, "q_norm", None)
+        self._eps = 0.0 if norm is None else epsilon_of(norm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [1, T, H]; as Transformers calls an attention layer."""
+        children: Any = self._modules
+        layers: list[nn.Module] = [children[name] for name in self._inputs]
+        output: nn.Module = children["o_proj"]
+        packed = past_key_values is None and kwargs.get("cu_seq_lens_q") is not None
+        if not packed or not are_ready([*layers, output]):
+            return self._before[0](
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q_TND, k_TKD, v_TKD = self._heads(hidden_states, layers)
+        q_TND, k_TKD = self._turned(q_TND, k_TKD, position_embeddings)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TKD, v_TKD))
+        kwargs |= {"sliding_window": self.sliding_window, "softcap": self._softcap}
+        out, _ = packed_attention_forward(
+            self, q, k, v, attention_mask, scaling=self.scaling, **kwargs
+        )
+        return fused_linear(out.flatten(2), output)[0], None
+
+    def _heads(self, hidden: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+        """q [T, N, D], k and v [T, K, D]."""
+        found = fused_linear(hidden, *layers)
+        if len(found) == 1:  # Phi-3: one matrix for the three
+            heads: Any = self.config
+            sizes = (heads.num_attention_heads, *2 * (heads.num_key_value_heads,))
+            found = found[0].split([size * self.head_dim for size in sizes], dim=-1)
+        return [x.reshape(hidden.shape[1], -1, self.head_dim) for x in found]
+
+    def _turned(
+        self, q_TND: Tensor, k_TKD: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if not self._rotates:
+            return q_TND, k_TKD
+        half = angles[0].shape[-1] // 2  # the second half repeats the first
+        cos, sin = (angle[0, :, :half] for angle in angles)
+        norms: dict[str, Any] = {}
+        if self._eps:
+            children: Any = self._modules
+            names = {"q_weight_D": "q_norm", "k_weight_D": "k_norm"}
+            norms = {name: children[norm].weight for name, norm in names.items()}
+            norms |= {"eps": self._eps, "offset": self._offset}
+        return rope(q_TND, k_TKD, cos, sin, **norms)
+
+
+def input_names(attention: nn.Module) -> tuple[str, ...]:
+    """The children that make queries, keys and values."""
+    return ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")

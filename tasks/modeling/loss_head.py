@@ -1,0 +1,85 @@
+"""An output head that gives the loss without the logits: only rows with a label are multiplied.
+
+A causal language model calls its head, then `loss_function` on what the head gave. While labels are
+given, the head here keeps the hidden states and hands on no logits; the loss function then computes
+cross entropy from them with the head's weight (`regrow.kernels.linear_cross_entropy`). Both are
+called inside the model's forward, where FSDP2 has gathered the weight. Without labels it is the
+head it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from regrow.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from regrow.tasks.modeling.batches import SUPERVISED_ROWS
+from regrow.tasks.modeling.projections import in_compute_dtype
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What training's loss has beside cross entropy; a validation has neither."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class LossHead(nn.Linear):
+    """The head [V, H] with its weight in the same place, and the loss function that goes with it.
+
+    Args:
+        softcap: of the logits (Gemma 2), which the model itself would apply to them.
+    """
+
+    def __init__(self, head: nn.Linear, softcap: float | None, terms: LossTerms) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight
+        self._softcap, self._terms = softcap, terms
+        self._has_labels = False
+        self._rows_n: Tensor | None = None
+        self._hidden: Tensor | None = None
+
+    def listen(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook, with keywords, of the outermost model: whether labels are given."""
+        self._rows_n = kwargs.get(SUPERVISED_ROWS)
+        self._has_labels = kwargs.get("labels") is not None
+        self._hidden = None
+        return args, {name: value for name, value in kwargs.items() if name != SUPERVISED_ROWS}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits; while labels are given none at all: [..., 0, V]."""
+        if not self._has_labels:
+            return super().forward(input)
+        self._hidden = input
+        return input.new_empty(*input.shape[:-2], 0, self.out_features)
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What a model's `loss_function` is called with; the mean over items, float32 []."""
+        assert self._hidden is not None, "the head was not called"
+        assert not isinstance(self.weight, DTensor), "the head's weight is not gathered"
+        hidden, self._hidden = in_compute_dtype(self._hidden), None
+        targets_N = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
+        terms = self._terms if self.training else LossTerms()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_cross_entropy(
+                hidden.flatten(0, -2),
+                self.weight.to(hidden.dtype),
+                targets_N,
+                rows_n=self._rows_n,
+                normalizer=num_items_in_batch,
+                softcap=self._softcap,
+                label_smoothing=terms.label_smoothing,
+                z_loss=terms.z_loss,
+            )

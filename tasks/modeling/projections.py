@@ -1,0 +1,133 @@
+"""Reads from a linear layer what the kernels multiply by: plain, with LoRA, in 4 bits.
+
+PEFT and bitsandbytes keep their layers; nothing is copied, so that saving, merging and sharding
+find every parameter where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from regrow.kernels.lora_linear import Projection
+
+_LORA_LAYERS = ("Linear", "Linear4bit")  # of PEFT; Linear8bitLt multiplies in int8 (see `_base`)
+
+
+def why_not(layer: nn.Module) -> str:
+    """Why the kernels cannot take the place of this layer's own forward; "" when they can."""
+    if isinstance(layer, LoraLayer):
+        return _why_not_lora(layer)
+    return _why_not_base(layer)
+
+
+def _why_not_base(layer: nn.Module) -> str:
+    if type(layer) is nn.Linear:
+        return _hooked(layer)
+    if _is_4bit(layer):
+        return _hooked(layer)
+    if type(layer).__name__ == "Linear8bitLt":
+        return "int8 layers round their inputs too, which the kernels do not"
+    return f"a layer of type {type(layer).__name__}"
+
+
+def _why_not_lora(layer: Any) -> str:
+    if type(layer).__name__ not in _LORA_LAYERS or len(layer.active_adapters) != 1:
+        return f"an adapter of type {type(layer).__name__}"
+    (name,) = layer.active_adapters
+    if layer.lora_variant.get(name) is not None:
+        return f"the kernels have no {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_bias.get(name) or getattr(layer, "fan_in_fan_out", False):
+        return "the adapter has a bias or a transposed weight"
+    return _hooked(layer) or _why_not_base(layer.base_layer)
+
+
+def _hooked(layer: nn.Module) -> str:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+    return "a hook is on the layer" if any(hooks) else ""
+
+
+def _is_4bit(layer: nn.Module) -> bool:
+    kind = type(layer)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes")
+
+
+def are_ready(layers: Sequence[nn.Module]) -> bool:
+    """Whether all weights are here in full now, and all adapters are on and not merged."""
+    return all(_is_ready(layer) for layer in layers)
+
+
+def _is_ready(layer: Any) -> bool:
+    base = layer
+    if isinstance(layer, LoraLayer):
+        if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+            return False
+        (name,) = layer.active_adapters
+        if name not in layer.lora_A or isinstance(layer.lora_A[name].weight, DTensor):
+            return False
+        base = layer.base_layer
+    if isinstance(base.weight, DTensor):
+        return False
+    return not _is_4bit(base) or getattr(base.weight, "quant_state", None) is not None
+
+
+def projection_of(layer: Any) -> Projection:
+    """The layer's weights as they are now; see `are_ready`."""
+    if not isinstance(layer, LoraLayer):
+        return Projection(_weight(layer), bias=layer.bias)
+    peft: Any = layer
+    (name,) = peft.active_adapters
+    return Projection(
+        _weight(peft.base_layer),
+        peft.lora_A[name].weight,
+        peft.lora_B[name].weight,
+        float(peft.scaling[name]),
+        peft.base_layer.bias,
+    )
+
+
+def _weight(base: Any) -> Any:
+    return _Dequantized(base.weight) if _is_4bit(base) else base.weight
+
+
+class _Dequantized:
+    """Makes the dense matrix of a weight in 4 bits, each time it is called."""
+
+    def __init__(self, weight: Any) -> None:
+        self._weight = weight
+
+    def __call__(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self._weight.data, self._weight.quant_state)
+
+
+def dropout_of(layers: Sequence[nn.Module]) -> float:
+    """The probability of the adapters' dropout now: 0 in evaluation."""
+    for layer in layers:
+        if isinstance(layer, LoraLayer) and layer.training:
+            peft: Any = layer
+            (name,) = peft.active_adapters
+            return float(getattr(peft.lora_dropout[name], "p", 0.0))
+    return 0.0
+
+
+def same_dropout(layers: Sequence[nn.Module]) -> bool:
+    """Whether one probability holds for all of them, as the kernels want it."""
+    found = set()
+    for layer in layers:
+        if isinstance(layer, LoraLayer):
+            peft: Any = layer
+            found |= {getattr(drop, "p", 0.0) for drop in peft.lora_dropout.values()}
+    return len(found) <= 1
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """x as a linear layer would take it: in autocast's type where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -1,0 +1,167 @@
+"""Where machine 0 and the others of a training tell each other what to do and how it went.
+
+A key-value store of torch (`TCPStore`) that machine 0 keeps for as long as its train stage runs:
+
+    meeting                 a name that no other meeting has
+    call/<attempt>          what to do next, or that it is over
+    ready/<attempt>/<rank>  that machine has all it needs for it; or why it cannot take part
+    end/<attempt>/<rank>    how its part ended
+    failed/<attempt>        how many parts have failed so far
+    left/<rank>             that machine has heard that it is over
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import DistError
+from torch.distributed import TCPStore as _TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from regrow.infra.nodes import Nodes
+from regrow.tasks.train.part import Call, Ended
+
+_POLL = 0.5
+_JOIN_SECONDS = 5  # of one try, in which no signal is heard; the next follows
+# A machine that lost its peers notices by itself within moments (gloo, NCCL's monitor) and ends in
+# good order; after this long it is ended.
+_GRACE = 30.0
+_TELL_EVERY = 60.0
+
+
+class Lost(RuntimeError):  # noqa: N818 (the name says what is the matter)
+    """Machine 0 is not there any more."""
+
+
+class Over(Exception):  # noqa: N818 (the name says what is the matter)
+    """Training has ended, well if `why` is empty."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class Meeting:
+    """One machine's side of it. Methods raise `Lost` when machine 0 has gone."""
+
+    def __init__(self, store: _TCPStore, nodes: Nodes) -> None:
+        self._store, self._nodes = store, nodes
+        self.name = store.get("meeting").decode()
+        """The same for all who are at it."""
+
+    @classmethod
+    def host(cls, nodes: Nodes) -> Meeting:
+        """Machine 0's side; it listens on all its addresses, as torchrun does."""
+        store = _TCPStore(nodes.address, nodes.port, is_master=True, wait_for_workers=False)
+        store.set("meeting", uuid.uuid4().hex)
+        return cls(store, nodes)
+
+    @classmethod
+    def join(cls, nodes: Nodes, say: Callable[[str], None]) -> Meeting:
+        """Another machine's side, once machine 0 is there, however long that takes."""
+        place = (nodes.address, nodes.port)
+        tries = timedelta(seconds=_JOIN_SECONDS)
+        told = -math.inf
+        while True:
+            try:
+                store = _TCPStore(*place, is_master=False, wait_for_workers=False, timeout=tries)
+                return cls(store, nodes)
+            except DistError:
+                if time.monotonic() - told > _TELL_EVERY:
+                    told = time.monotonic()
+                    say(f"waiting for machine 0 at {nodes.address}:{nodes.port}")
+                time.sleep(_POLL)
+
+    # ---- machine 0 ----
+
+    def call(self, attempt: int, call: Call) -> None:
+        """Tell the others of an attempt."""
+        self._store.set(f"call/{attempt}", call.to_json())
+
+    def not_ready(self, attempt: int) -> tuple[list[int], list[str]]:
+        """Machines that have not answered yet, and why some cannot take part."""
+        missing, faults = [], []
+        for rank in range(1, self._nodes.count):
+            if not self._store.check([f"ready/{attempt}/{rank}"]):
+                missing.append(rank)
+                continue
+            fault = self._store.get(f"ready/{attempt}/{rank}").decode()
+            faults += [fault] if fault else []
+        return missing, faults
+
+    def ends(self, attempt: int) -> dict[int, Ended]:
+        """How the parts of other machines ended; those that have not said so are left out."""
+        keys = {rank: f"end/{attempt}/{rank}" for rank in range(1, self._nodes.count)}
+        return {
+            rank: Ended.from_json(self._store.get(key))
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
+
+    def close(self, attempt: int, why: str, seconds: float = _GRACE) -> None:
+        """Send the others away; waits until they have heard it."""
+        self._store.set(f"call/{attempt}", json.dumps({"over": why}))
+        left = [f"left/{rank}" for rank in range(1, self._nodes.count)]
+        end = time.monotonic() + seconds
+        while not self._store.check(left) and time.monotonic() < end:
+            time.sleep(_POLL / 10)
+
+    # ---- every other machine ----
+
+    def next_call(self, attempt: int) -> Call:
+        """Wait for an attempt. Raises Over when there is none to come."""
+        key = f"call/{attempt}"
+        try:
+            while not self._store.check([key]):  # a wait inside torch would hear no signal
+                time.sleep(_POLL)
+            text = self._store.get(key)
+        except DistError as error:
+            raise Lost(str(error)) from error
+        over = json.loads(text).get("over")
+        if over is None:
+            return Call.from_json(text)
+        self._tell(f"left/{self._nodes.rank}", "")
+        raise Over(over)
+
+    def tell_ready(self, attempt: int, fault: str = "") -> None:
+        """Say that this machine has what it needs, or why it cannot take part."""
+        self._tell(f"ready/{attempt}/{self._nodes.rank}", fault)
+
+    def tell_end(self, attempt: int, ended: Ended) -> None:
+        """Say how this machine's part came to its end."""
+        self._tell(f"end/{attempt}/{self._nodes.rank}", ended.to_json())
+        if ended.failure:
+            self.tell_failure(attempt)
+
+    def _tell(self, key: str, value: str) -> None:
+        try:
+            self._store.set(key, value)
+        except DistError as error:
+            raise Lost(str(error)) from error
+
+    # ---- all ----
+
+    def tell_failure(self, attempt: int) -> None:
+        """Say that a part of the attempt has failed: the others are to end theirs."""
+        try:
+            self._store.add(f"failed/{attempt}", 1)
+        except DistError as error:
+            raise Lost(str(error)) from error
+
+    def watch(self, attempt: int, stop: threading.Event, done: threading.Event) -> None:
+        """Set `stop` a while after any part failed, or machine 0 went; for a thread of its own."""
+        since = None
+        while not done.wait(_POLL):
+            try:
+                if since is None and self._store.add(f"failed/{attempt}", 0):
+                    since = time.monotonic()
+            except DistError:
+                since = since or time.monotonic()
+            if since is not None and time.monotonic() - since > _GRACE:
+                stop.set()
+                return

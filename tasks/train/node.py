@@ -1,0 +1,105 @@
+"""Takes part in a training that machine 0 leads: `python -m regrow.tasks.train.node` on each other.
+
+Machine 0 runs the pipeline, with `regrow run recipe.yaml`. This process waits for its train stage,
+runs this machine's ranks in each of its attempts, and ends with it: with code 0 when training has
+come to its end, 1 when it failed. `regrow.infra.nodes` says how the machines are told of each
+other; all need one store.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from regrow.infra.nodes import Nodes, nodes_here
+from regrow.infra.settings import load_settings
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.meeting import Lost, Meeting, Over
+from regrow.tasks.train.part import Call, Ended, failure_of, localize, take_part
+
+logger = logging.getLogger("regrow.tasks.train.node")  # __name__ is __main__ when launched
+
+
+def follow(nodes: Nodes, work: Path, logs: Path) -> str:
+    """Take part until training is over; why it failed, or "" when it did not.
+
+    When machine 0 goes without a word, its next run is waited for: the cluster starts it again.
+    """
+    name, attempt = "", 0
+    while True:
+        meeting = Meeting.join(nodes, logger.info)
+        if meeting.name != name:  # not the same one, its connection having been lost
+            name, attempt = meeting.name, 0
+        try:
+            while True:
+                call = meeting.next_call(attempt)
+                attempt += 1
+                _take_part(meeting, attempt - 1, call, nodes.rank, work, logs)
+        except Over as over:
+            return over.why
+        except Lost as lost:
+            logger.warning("machine 0 has gone (%s)", lost)
+
+
+def _take_part(
+    meeting: Meeting, attempt: int, call: Call, rank: int, work: Path, logs: Path
+) -> None:
+    here = work / f"attempt-{attempt}"
+    try:
+        job = localize(call, here)
+    except (StageError, ValueError, OSError) as error:
+        logger.error("%s", error)
+        meeting.tell_ready(attempt, f"machine {rank}: {error}")
+        return
+    meeting.tell_ready(attempt)
+    logger.info("training begins: %d machines, attempt %d", call.machines, attempt + 1)
+    stop, done = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=meeting.watch, args=(attempt, stop, done), daemon=True)
+    watcher.start()
+    try:
+        ended = take_part(call, rank, job, logger.info, logs / f"train-machine-{rank}.log", stop)
+    except KeyboardInterrupt:
+        meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
+        raise
+    finally:
+        done.set()
+        watcher.join()
+    meeting.tell_end(attempt, ended)
+    shutil.rmtree(here, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends the ranks in good order first: they save a checkpoint together."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Entry of the process."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    nodes = nodes_here()
+    if nodes is None or nodes.is_first:
+        sys.stderr.write(
+            "this machine is the first or the only one: `regrow run recipe.yaml` is for it\n"
+        )
+        return 2
+    signal.signal(signal.SIGTERM, _interrupt)
+    home = load_settings().home
+    (home / "work").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="node-", dir=home / "work") as work:
+        try:
+            why = follow(nodes, Path(work), home / "logs")
+        except KeyboardInterrupt:
+            return 128 + signal.SIGTERM
+    if why:
+        logger.error("training failed on machine 0: %s", why)
+    return 1 if why else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

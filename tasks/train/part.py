@@ -1,0 +1,149 @@
+"""One machine's part in an attempt that several machines make together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.infra import hub
+from regrow.infra.artifacts import ArtifactStore
+from regrow.infra.launch import WorkerFailed, run_workers
+from regrow.infra.nodes import Nodes
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.job import WorkerJob
+
+WORKER = "regrow.tasks.train.worker"
+MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
+EVIDENCE = ("stacks-rank-*.txt", "non-finite-rank-*.json")
+"""What a failed worker leaves in its directory for people."""
+
+# How gloo and NCCL word the loss of a rank that died without an error of its own.
+PEER_LOST = r"Connection (closed|reset) by peer|remote process exited|DistBackendError|NCCL timeout"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every machine is told of an attempt."""
+
+    job: Mapping[str, Any]
+    """`WorkerJob.to_json`, with the paths of who calls."""
+    store: str
+    """URL of the artifact store that all machines share."""
+    prepared: str
+    """Key of the prepared rows in it."""
+    machines: int
+    address: str
+    port: int
+    """Where the ranks meet: on machine 0."""
+
+    def nodes(self, rank: int) -> Nodes:
+        """The group of ranks, seen from one machine."""
+        return Nodes(self.machines, rank, self.address, self.port)
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Call:
+        """The inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a machine's part came to its end."""
+
+    failure: Mapping[str, Any] | None = None
+    """{"message", "rank", "trace", "signal", "log"} of what failed first on it; None: nothing."""
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """{name: text} of what its worker left of its early end."""
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Ended:
+        """The inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+def failure_of(
+    message: str,
+    signal: str | None = None,
+    rank: int | None = None,
+    trace: str = "",
+    log: Path | None = None,
+) -> dict[str, Any]:
+    """The parts of a `WorkerFailed` of this machine, for `Ended`."""
+    place = f"{socket.gethostname()}:{log or ''}"
+    return {"message": message, "rank": rank, "trace": trace, "signal": signal, "log": place}
+
+
+def localize(call: Call, work: Path) -> WorkerJob:
+    """The job with this machine's paths; what is missing here is fetched.
+
+    Raises:
+        StageError: when the machines share no store.
+    """
+    job = WorkerJob.from_json(call.job)
+    prepared = job.prepared
+    if not (prepared / "index.json").is_file():
+        artifacts = ArtifactStore.open_url(call.store)
+        record = artifacts.lookup(call.prepared)
+        if record is None:
+            raise StageError(
+                f"{socket.gethostname()} does not find the prepared data in {call.store}: machines "
+                "that train together need one store: set `store` to a URL or a shared directory"
+            )
+        prepared = artifacts.fetch(record)
+    place, adapter = job.placement, job.placement.start_adapter
+    return dataclasses.replace(
+        job,
+        prepared=prepared,
+        base_model=hub.local_directory(place.base_model, "model", MODEL_FILES),
+        start_adapter=hub.local_directory(adapter, "model", ("adapter_*",)) if adapter else None,
+        out=work / "final",
+        work=work,
+    )
+
+
+def take_part(
+    call: Call,
+    rank: int,
+    job: WorkerJob,
+    on_line: Callable[[str], None],
+    log: Path,
+    stop: threading.Event,
+) -> Ended:
+    """Run this machine's ranks of an attempt until they end, or `stop` is set."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    path = job.work / "job.json"
+    job.write(path)
+    failure = None
+    try:
+        run_workers(
+            WORKER,
+            [str(path)],
+            num_processes=job.placement.num_processes,
+            on_line=on_line,
+            log_path=log,
+            env=job.placement.reporters.environment,
+            nodes=call.nodes(rank),
+            stop=stop,
+        )
+    except WorkerFailed as error:
+        failure = failure_of(error.message, error.signal, error.rank, error.trace, error.log_path)
+    files = {
+        found.name: found.read_text()
+        for pattern in (*EVIDENCE, job.preempted_path.name)
+        for found in sorted(job.work.glob(pattern))
+    }
+    return Ended(failure, files)

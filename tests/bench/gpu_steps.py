@@ -1,0 +1,150 @@
+"""Measures whole training steps of W1 to W4 through the real worker, beside the peers' harness.
+
+On a machine with a GPU, from the repository's root (a machine that has no package of ours takes it
+from the link tree; the random models are made once, in memory if /dev/shm is large enough):
+
+    export PYTHONPATH=$PWD/infra/typing PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    python -m tests.bench.gpu_steps --models /dev/shm/models --out $OUT/steps.jsonl \\
+        W1 W1:gc=offload W3 W1:kernels=off
+
+A run is `WORKLOAD[:option=value...]`; each is a process of its own that calls the worker's `train`
+on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joined by +), `gc` (0, 1,
+auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
+micro-batch), `dropout`, `lora`, `profile=1` (two more steps under torch.profiler). `--tiny` runs
+everything on the CPU with layers of width 64: it proves the way and measures nothing.
+
+W2 wants the package bitsandbytes. Peers in the same call, taking turns with ours on one card (copy
+the shared harness to an ignored folder first, and carry it and its wheels):
+
+    echo /.peers/ >> .git/info/exclude; cp -r ../shared/bench .peers
+    python -m tests.bench.gpu_steps ... W1 peer:W1:unsloth-nogc W3 peer:W3:trl-fa2-liger-nogc
+
+`peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that load
+from disk find the models of `--models` under the same names.
+
+`curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same in
+micro-batches half as large, and with them: the first two differ by the noise of rounding alone.
+
+    python -m tests.bench.gpu_steps ... curve:W3:layers=4
+
+Documents have lognormal lengths (median 350, mean about 490, 16 to 4096), of each 45 to 85 % is
+supervised. Rates count real tokens, the median over timed steps. MFU counts the least work: 4
+(frozen) or 6 (trained) times the body's weights for each token, the head for supervised tokens
+alone, 6 times the adapter's, and 6 L d_q sum(len^2) for causal attention; over 989.4 TFLOP/s, an
+H100's dense bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.bench.step_run import run
+from tests.bench.step_workloads import workload
+
+
+def run_child(text: str, options: argparse.Namespace, number: int) -> dict[str, Any]:
+    """A run in a process of its own; what went wrong is in its line."""
+    work = options.work / f"run-{number}"
+    words = [sys.executable, "-m", "tests.bench.gpu_steps", "--child", text]
+    words += ["--models", str(options.models), "--work", str(work)]
+    words += ["--tiny"] if options.tiny else []
+    return _finished(words, text, options.limit)
+
+
+def run_peer(text: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A stack of the peers' harness, on the same models."""
+    out = options.work / "peers.jsonl"
+    out.unlink(missing_ok=True)
+    words = [sys.executable, str(options.peers), "--runs", text, "--out", str(out)]
+    words += ["--ckpt", str(options.models), "--limit", str(options.limit)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if not out.exists():
+        return {"run": text, "ok": False, "error": (done.stdout + done.stderr)[-1500:]}
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+def _finished(words: list[str], text: str, limit: float) -> dict[str, Any]:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr or b""
+        tail = said if isinstance(said, str) else said.decode(errors="replace")
+        return {"run": text, "ok": False, "error": f"longer than {limit} s", "log": tail[-1500:]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return {"run": text, "ok": False, "error": (done.stdout + done.stderr)[-3000:]}
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def shown(found: dict[str, Any]) -> str:
+    """A line for people."""
+    if not found.get("ok"):
+        return f"{found['run']:34} FAILED {found.get('error', '')}"
+    kernels = found.get("kernels", {}).get("swapped", {})
+    return (
+        f"{found['run']:34} {found['real_tok_s']:8,} tok/s (mean {found['real_tok_s_mean']:,}) "
+        f"{found['step_ms']} ms, MFU {found['mfu']:.1%}, {found['alloc_gib']} GiB "
+        f"(reserved {found['reserved_gib']}), loss {found['loss']:.4f}, probe {found.get('probe')}"
+        + (f", kernels {kernels}" if kernels else "")
+        + (f"\n    {found['profile']['kinds_ms']}" if "profile" in found else "")
+    )
+
+
+def curve(text: str, options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
+    """Losses with and without kernels, and how far each is from those without."""
+    steps = "" if "timed=" in text or options.tiny else ":timed=200"
+    half = max(1, workload(text, options.tiny).rows // 2)
+    ours = "attention+mlp+experts+rms_norm+cross_entropy" if options.tiny else "auto"
+    runs = [f"{text}{steps}:kernels=off", f"{text}{steps}:kernels=off:micro={half}"]
+    runs.append(f"{text}{steps}:kernels={ours}")
+    found = [run_child(run, options, 100 * number + i) for i, run in enumerate(runs)]
+    if all(f["ok"] for f in found):
+        right = np.array(found[0]["losses"])
+        for f, name in zip(found[1:], ("noise of rounding", "our kernels"), strict=True):
+            apart = np.abs(np.array(f["losses"]) - right)
+            print(f"    {name}: mean {apart.mean():.2e}, largest {apart.max():.2e}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Run everything; JSON lines go to --out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("steps.jsonl"))
+    parser.add_argument("--models", type=Path, default=Path("/tmp/bench-models"))
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--peers", type=Path, default=Path(".peers/peers.py"))
+    parser.add_argument("--limit", type=float, default=200, help="seconds of one run")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--child")
+    options = parser.parse_args()
+    if options.child:
+        found = run(options.child, options.tiny, options.models, options.work)
+        print("RESULT " + json.dumps(found), flush=True)
+        return
+    options.work = options.work or Path(f"/tmp/bench-steps-{time.time_ns()}")
+    options.work.mkdir(parents=True)
+    for number, text in enumerate(options.runs):
+        if text.startswith("peer:"):
+            lines = [run_peer(text.removeprefix("peer:"), options)]
+        elif text.startswith("curve:"):
+            lines = curve(text.removeprefix("curve:"), options, number)
+        else:
+            lines = [run_child(text, options, number)]
+        for found in lines:
+            found["date"] = time.strftime("%Y-%m-%d")
+            print(shown(found), flush=True)
+            with options.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Rules that need facts of the model and its tokenizer: from files to what the author reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrow.configs.facts import ModelFacts, facts_at_hand
+from regrow.configs.faults import RecipeError
+from regrow.configs.load import Loaded, load_recipe
+from regrow.configs.rules.facts import FACT_RULES
+
+PLAIN = {"num_hidden_layers": 4, "max_position_embeddings": 4096, "vocab_size": 4}
+TOKENS = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<end>"}]}
+CHAT = "datasets: [{path: org/t, type: chat_template}]"
+LORA = "adapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true"
+
+# rule -> (config.json beside what is plain, added lines, key at fault or noticed, what is said)
+CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "stored_weights_can_be_merged_into": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "",
+        "base_model",
+        "stored quantized (gptq)",
+    ),
+    "plain_weights_need_no_dequantizing": (
+        {},
+        "model_quantization_config: Mxfp4Config\n"
+        "model_quantization_config_kwargs: {dequantize: true}",
+        "model_quantization_config",
+        "stored plain",
+    ),
+    "layers_keep_examples_apart": (
+        {"text_config": {"layer_types": ["linear_attention", "full_attention"]}},
+        "",
+        "base_model",
+        "its layers (linear_attention) would carry",
+    ),
+    "layers_are_there": (
+        {},
+        f"{LORA}\npeft_layers_to_transform: [3, 4]",
+        "peft_layers_to_transform",
+        "the model has 4 layers",
+    ),
+    "rows_are_as_long_as_positions": (
+        {},
+        "sequence_len: 8192",
+        "sequence_len",
+        "at most 4096 tokens",
+    ),
+    "conversations_have_a_template": ({}, CHAT, "datasets[0].type", "no chat template of its own"),
+    "ends_of_turns_are_tokens": (
+        {},
+        f"{CHAT}\nchat_template: chatml\neot_tokens: [<end>, <fin>]",
+        "eot_tokens[1]",
+        "no token <fin>",
+    ),
+    "new_tokens_can_be_learnt": (
+        {},
+        f"{LORA}\ntokens: [<x>, <y>]",
+        "tokens",
+        "an adapter cannot learn it",
+    ),
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PLAIN))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENS))
+    return folder
+
+
+def read(model: Path, minimal: str, added: str, **more: Any) -> Loaded:
+    text = minimal.replace("org/model", str(model)).replace("sequence_len: 1024\n", "")
+    if added.startswith("datasets"):
+        text = text.replace("datasets:\n  - path: org/data\n    type: alpaca\n", "")
+    if "sequence_len" not in added:
+        added += "\nsequence_len: 1024"
+    path = model.parent / "recipe.yaml"
+    path.write_text(f"{text}{added}\n")
+    return load_recipe(path, **more)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_fact_that_does_not_fit_is_told(model, minimal, rule):
+    config, added, key, why = CASES[rule]
+    (model / "config.json").write_text(json.dumps(PLAIN | config))
+    try:
+        told = [str(notice) for notice in read(model, minimal, added).notices]
+    except RecipeError as error:
+        told = [str(fault) for fault in error.faults if fault.line]
+    assert [line for line in told if key in line and why in line]
+
+
+def test_each_rule_has_its_case():
+    assert [rule.name for rule in FACT_RULES] == list(CASES)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_what_is_not_known_is_no_fault(minimal, load, rule):
+    """The model is on the hub, and nothing of it is here."""
+    _, added, _, _ = CASES[rule]
+    base = minimal
+    if added.startswith("datasets"):
+        base = minimal.replace("datasets:\n  - path: org/data\n    type: alpaca\n", "")
+    load(base.replace("sequence_len: 1024\n", "") + f"{added}\n")
+
+
+def test_files_that_cannot_be_read_tell_nothing(model, minimal):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text("[1, ")
+    assert read(model, minimal, "eot_tokens: [<fin>]")
+
+
+def test_the_hubs_cache_is_looked_into(tmp_path, minimal, load):
+    folder = tmp_path / "hub" / "models--org--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc\n")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    stored = {"quantization_config": {"quant_method": "awq"}}
+    (folder / "snapshots" / "abc" / "config.json").write_text(json.dumps(PLAIN | stored))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(minimal)
+    with pytest.raises(RecipeError, match="stored quantized"):
+        load_recipe(path, environment={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert load_recipe(path, environment={"HF_HUB_CACHE": str(tmp_path / "none")})
+
+
+def test_odd_values_are_no_facts():
+    odd = {"num_hidden_layers": True, "vocab_size": "many", "layer_types": "x", "text_config": 3}
+    assert ModelFacts.from_config(odd) == ModelFacts()
+    assert facts_at_hand("a\0b", None, None, {}, True).model is None

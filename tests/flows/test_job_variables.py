@@ -1,0 +1,77 @@
+"""A pool's jobs get what the recipe needs, and nothing secret."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regrow.configs.load import parse_recipe
+from regrow.flows.job_variables import Resources, base_job_template, job_variables
+from regrow.infra.settings import Settings, load_settings
+from regrow.tasks.stage import StageError
+
+SETTINGS = replace(
+    load_settings(), home=Path("/home/me/.regrow"), store_url=None, tracking_uri=None
+)
+
+
+def variables(pool_type: str, settings: Settings = SETTINGS, wanted=None, **keys: Any) -> dict:
+    recipe = {"base_model": "x", "datasets": [{"path": "x", "type": "alpaca"}], **keys}
+    recipe |= {"learning_rate": 1e-4, "micro_batch_size": 1, "num_epochs": 1}
+    recipe["gradient_accumulation_steps"] = 1
+    parsed = parse_recipe(recipe).recipe
+    return job_variables(parsed, settings, pool_type, wanted or Resources())
+
+
+def test_job_on_kubernetes_gets_the_recipes_gpus_and_the_asked_image_and_memory():
+    found = variables("kubernetes", num_processes=4, wanted=Resources("regrow:1", "96Gi"))
+    assert {name: found[name] for name in ("gpus", "image", "memory")} == {
+        "gpus": 4,
+        "image": "regrow:1",
+        "memory": "96Gi",
+    }
+    assert variables("kubernetes", num_processes=4, wanted=Resources(gpus=8))["gpus"] == 8
+
+
+def test_what_nobody_said_is_left_to_the_pools_template():
+    assert set(variables("kubernetes")) == {"env"}
+
+
+def test_each_variable_of_a_kubernetes_job_stands_in_the_template():
+    template = base_job_template("kubernetes")
+    assert template is not None
+    found = variables("kubernetes", num_processes=1, wanted=Resources("regrow:1", "1Gi"))
+    assert set(found) <= set(template["variables"]["properties"])
+    assert base_job_template("process") is None
+
+
+def test_folders_of_this_machine_do_not_go_to_a_cluster():
+    local = replace(SETTINGS, store_url="/data/store")
+    assert "REGROW_STORE" not in variables("kubernetes", local)["env"]
+    assert not any("/home/me" in value for value in variables("kubernetes")["env"].values())
+    shared = replace(SETTINGS, store_url="s3://b/store")
+    assert variables("kubernetes", shared)["env"]["REGROW_STORE"] == "s3://b/store"
+    with pytest.raises(StageError, match="pod's disk"):
+        variables("kubernetes", store="/data/store")
+
+
+def test_evicted_pod_has_its_run_scheduled_again():
+    env = variables("kubernetes")["env"]
+    assert env["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+
+
+def test_run_of_a_process_pool_finds_the_store_of_who_deployed():
+    env = variables("process")["env"]
+    assert env["REGROW_STORE"] == "/home/me/.regrow/store"
+    assert env["REGROW_HOME_OF_DEPLOYMENT"] == "/home/me/.regrow"
+    with pytest.raises(StageError, match="--image"):
+        variables("process", wanted=Resources(image="regrow:1"))
+
+
+def test_address_with_a_password_is_not_shown_on_prefects_page():
+    secret = replace(SETTINGS, tracking_uri="https://me:secret@mlflow.example.com")
+    for pool_type in ("process", "kubernetes"):
+        assert "secret" not in str(variables(pool_type, secret))

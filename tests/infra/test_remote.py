@@ -1,0 +1,219 @@
+"""Faults that pass are tried again, others are told at once, and no answer is believed half."""
+
+import errno
+import json
+import time
+
+import pytest
+
+from regrow.infra import remote
+from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
+from regrow.infra.lease import Lease
+from regrow.infra.remote import StoreError, patiently
+from regrow.infra.store import Store
+
+
+class ClientError(Exception):
+    """As botocore's: what the server said, as a dictionary."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"An error occurred ({code})")
+        self.response = {"Error": {"Code": code}}
+
+
+class EndpointConnectionError(Exception):
+    """As botocore's, which is no OSError."""
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+def translated(code: str, number: int) -> OSError:
+    """As s3fs raises it: an OSError whose cause holds the code."""
+    error = OSError(number, "in words")
+    error.__cause__ = ClientError(code)
+    return error
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda _seconds: None)
+
+
+def failing(times: int, error: Exception):
+    """Work that fails so many times and then gives "done"; `.calls` counts."""
+
+    def work():
+        work.calls += 1
+        if work.calls <= times:
+            raise error
+        return "done"
+
+    work.calls = 0
+    return work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError("late"),
+        translated("SlowDown", errno.EBUSY),
+        translated("InternalError", errno.EREMOTEIO),
+        translated("503", errno.EBUSY),
+        translated("NoSuchUpload", errno.ENOENT),
+        EndpointConnectionError("refused"),
+        remote.IncompleteTransfer("half"),
+    ],
+)
+def test_what_passes_is_tried_again(error):
+    work = failing(remote.TRIES - 1, error)
+    assert patiently("s3://b", work) == "done"
+    forever = failing(99, error)
+    with pytest.raises(StoreError, match="s3://b"):
+        patiently("s3://b", forever)
+    assert forever.calls == remote.TRIES
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (translated("NoSuchBucket", errno.ENOENT), "no such bucket"),
+        (translated("InvalidAccessKeyId", errno.EACCES), "credentials are refused"),
+        (translated("SignatureDoesNotMatch", errno.EACCES), "credentials are refused"),
+        (translated("QuotaExceeded", errno.EIO), "no space left"),
+        (translated("RequestTimeTooSkewed", errno.EACCES), "clock is wrong"),
+        (NoCredentialsError("none"), "there are no credentials"),
+        (PermissionError("no"), "permission denied"),
+        (OSError(errno.ENOSPC, "full"), "no space left"),
+    ],
+)
+def test_what_does_not_pass_is_told_at_once(error, words):
+    work = failing(99, error)
+    with pytest.raises(StoreError, match=words):
+        patiently("s3://b", work)
+    assert work.calls == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("x"), FileExistsError("x"), KeyError("bug")])
+def test_answers_and_bugs_pass_unchanged(error):
+    with pytest.raises(type(error)):
+        patiently("s3://b", failing(99, error))
+
+
+class Network:
+    """A file system whose answers are spoiled: a stand-in for fsspec's, before a real one."""
+
+    def __init__(self, inner, spoil) -> None:
+        self._inner, self._spoil = inner, spoil
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self._spoil(
+            name, lambda: getattr(self._inner, name)(*args, **options)
+        )
+
+
+def spoiled(tmp_path, spoil) -> Store:
+    store = Store(f"memory://{tmp_path.name}")
+    store._fs = Network(store._fs, spoil)
+    return store
+
+
+def test_lost_answer_to_the_record_does_not_cost_the_artifact(tmp_path):
+    """The record is written, the answer lost, and the second try finds it there: it is ours."""
+    lost = []
+
+    def spoil(name, call):
+        answer = call()
+        if name == "pipe_file" and not lost:
+            lost.append(name)
+            raise ConnectionResetError("the answer is lost")
+        return answer
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("content")
+    artifacts = ArtifactStore(spoiled(tmp_path, spoil), tmp_path / "cache")
+    record = artifacts.publish(
+        "stages/a", tmp_path / "out", stage="s", spec={}, inputs={}, result={}
+    )
+    assert lost
+    assert artifacts.lookup("stages/a") == record
+    assert (artifacts.fetch(record) / "file").read_text() == "content"
+
+
+def test_bytes_cut_or_flipped_on_the_way_are_fetched_again_and_not_called_damage(tmp_path):
+    bad = iter([b"cont", b"CONTENT"])
+
+    def spoil(name, call):
+        answer = call()
+        if name == "cat_file" and answer == b"content":
+            return next(bad, answer)
+        return answer
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("content")
+    artifacts = ArtifactStore(spoiled(tmp_path, spoil), tmp_path / "cache")
+    record = artifacts.publish(
+        "stages/a", tmp_path / "out", stage="s", spec={}, inputs={}, result={}
+    )
+    assert (artifacts.fetch(record) / "file").read_text() == "content"
+    artifacts.store.write_bytes(f"stages/a/{record.attempt}/file", b"CONTENT")
+    with pytest.raises(ArtifactDamaged, match="file"):
+        artifacts.verify(record)
+
+
+def test_upload_that_did_not_arrive_gets_no_record(tmp_path):
+    def spoil(name, call):
+        return None if name == "put_file" else call()
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("content")
+    artifacts = ArtifactStore(spoiled(tmp_path, spoil), tmp_path / "cache")
+    with pytest.raises(StoreError, match=r"not all there.*file"):
+        artifacts.publish("stages/a", tmp_path / "out", stage="s", spec={}, inputs={}, result={})
+    assert artifacts.lookup("stages/a") is None
+
+
+def test_lease_outlives_heartbeats_that_did_not_get_through(tmp_path):
+    state = {"broken": False, "failed": 0}
+
+    def spoil(name, call):
+        if state["broken"]:
+            state["failed"] += 1
+            raise PermissionError("for a while")
+        return call()
+
+    lease = Lease(spoiled(tmp_path, spoil), "stages/a", 0.3)
+    assert lease.try_acquire()
+    state["broken"] = True
+    _wait(lambda: state["failed"] >= 2)
+    state["broken"] = False
+    name = f"memory://{tmp_path.name}"
+    before = Store(name).read_bytes("leases/stages/a/00000000.json")
+    _wait(lambda: Store(name).read_bytes("leases/stages/a/00000000.json") != before)
+    lease.check()
+    lease.release()
+    assert json.loads(Store(name).read_bytes("leases/stages/a/00000000.json"))["released"]
+
+
+def _wait(ready) -> None:
+    end = time.monotonic() + 30
+    while not ready():
+        assert time.monotonic() < end
+
+
+def test_store_without_conditional_writes_still_keeps_what_is_there(tmp_path):
+    inner = Store(f"memory://{tmp_path.name}")._fs
+
+    class Simple(Network):
+        def pipe_file(self, path, data, mode="overwrite"):
+            if mode == "create":
+                raise NotImplementedError
+            inner.pipe_file(path, data)
+
+    store = Store(f"memory://{tmp_path.name}")
+    store._fs = Simple(inner, lambda _name, call: call())
+    assert store.create("a", b"first")
+    assert not store.create("a", b"second")
+    assert store.read_bytes("a") == b"first"

@@ -1,0 +1,68 @@
+"""The whole platform on real servers: a run whose worker is killed goes on with another worker."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from regrow.flows.workplace import Workplace
+from regrow.infra.settings import load_settings
+from regrow.infra.tracking import Tracker
+from tests.flows.conftest import Place
+from tests.services.platform import PATIENCE, Platform, Worker, eventually, kill_all
+from tests.services.servers import Bucket
+
+pytestmark = pytest.mark.services
+
+STEPS = 120
+"""Long enough to be killed after a checkpoint, and not much longer."""
+
+
+@pytest.fixture
+def deployed(place: Place, platform: Platform, s3_bucket: Bucket) -> Place:
+    """The tiny recipe, deployed to a store in an S3 bucket."""
+    env = place.env | platform.env | s3_bucket.env
+    here = Place(place.root, place.recipe, env)
+    here.write_recipe(max_steps=STEPS, save_steps=20, eval_steps=STEPS, logging_steps=20)
+    done = here.regrow("deploy", str(here.recipe), "--pool", "resume")
+    assert done.returncode == 0, done.stdout
+    return here
+
+
+def test_run_whose_worker_is_killed_resumes_on_another(
+    deployed: Place, platform: Platform, s3_bucket: Bucket, tmp_path
+):
+    env = deployed.env
+    with Worker(tmp_path / "first", env, "resume") as first:
+        run_id = platform.start_run("tiny")
+        first.await_line("is safe")
+        kill_all([first.process, *first.flows()])
+        eventually(lambda: not first.survivors(), lambda: f"alive: {first.survivors()}", PATIENCE)
+
+    store = Workplace(load_settings(), f"{s3_bucket.url}/store").artifacts
+    (prepared,) = store.records("stages")
+    assert prepared.stage == "prepare"
+
+    # Nobody asks for it: the heartbeat's end marks it as crashed, and that starts it again.
+    with Worker(tmp_path / "second", env, "resume") as second:
+        platform.await_state(run_id, "Completed")
+        said = second.said()
+    resumed = int(re.findall(rf"resuming after step (\d+) of {STEPS}", said)[-1])
+    assert 20 <= resumed < STEPS
+    assert platform.run(run_id)["run_count"] == 2
+    assert [s for s in platform.states(run_id) if s in ("Crashed", "AwaitingRetry")] == [
+        "Crashed",
+        "AwaitingRetry",
+    ]
+    stages = platform.stage_states(run_id)
+    assert stages["prepare"] == ["Completed", "Cached"]
+    assert stages["train"][-1] == "Completed"
+    records = {record.stage: record for record in store.records("stages")}
+    assert records["prepare"] == prepared
+    assert records["train"].result["steps"] == STEPS
+
+    trained = Tracker(platform.mlflow, "regrow").find_runs(
+        f"tags.`stage.key` = '{records['train'].key.rsplit('/', 1)[-1]}'"
+    )
+    assert sorted(run.status for run in trained) == ["FINISHED", "KILLED"]

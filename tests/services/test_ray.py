@@ -1,0 +1,122 @@
+"""Training through Ray: a cluster of two machines on the loopback, one worker on each."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from regrow.tasks.stage import Stage, StageError, StageJob
+from regrow.tasks.train import run as stage
+from regrow.tasks.train.cluster import RayWorkers
+from regrow.tasks.train.schedule import Cadence
+from regrow.tasks.train.worker import train
+from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
+    make_job,
+    model_dir,
+    prepared_dir,
+    tokenizer,
+)
+
+pytestmark = pytest.mark.services
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two raylets, each with two CPUs to give away and one of a resource of its own kind."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        size = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+        made = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
+        made.add_node(**size)
+        patch.setenv("RAY_ADDRESS", made.address)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+class Notes:
+    """A reporter that ends a rank of the worker with SIGKILL at a step, once."""
+
+    def __init__(self, kill_at=None):
+        self.lines, self.steps, self.kill_at = [], [], kill_at
+
+    def progress(self, done, total, unit, note=""):
+        self.steps.append(done)
+        if done == self.kill_at:
+            self.kill_at = None
+            os.kill(ranks()[-1], signal.SIGKILL)
+
+    def log(self, message):
+        self.lines.append(message)
+
+
+def ranks():
+    """Process ids of all living ranks that train below this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if "regrow.tasks.train.worker" in words and "torch.distributed.run" not in words:
+            found.append(process.pid)
+    return found
+
+
+@pytest.fixture
+def stage_job(make_job, tmp_path):  # noqa: F811
+    """stage_job(workers, report) -> the train stage's job, its checkpoints in a shared store."""
+
+    def make(workers, report, **placement):
+        job = make_job("ray", placement=placement | {"ray": workers, "evaluation": Cadence()})
+        out, scratch = tmp_path / "stage-out", tmp_path / "stage-scratch"
+        out.mkdir()
+        scratch.mkdir()
+        staged = Stage("train", 1, job.spec, "", placement=job.placement)
+        store = (tmp_path / "store").as_uri()
+        inputs = {"prepare": job.prepared}
+        return StageJob(
+            staged, inputs, {}, out, scratch, report, None, store, logs=tmp_path / "logs"
+        )
+
+    return make
+
+
+def test_two_machines_of_a_cluster_equal_one_also_when_a_rank_is_killed(
+    cluster,
+    stage_job,
+    make_job,  # noqa: F811
+    tmp_path,
+):
+    one = make_job("one", placement={"evaluation": Cadence()})
+    alone = train(one)
+    notes = Notes(kill_at=8)
+    # Of four workers' CPUs each machine has two, so that the two workers are not on one.
+    job = stage_job(RayWorkers(2, {"CPU": 2}), notes)
+    together = stage.run(job)
+    assert together["timing"]["world_size"] == 2
+    assert any("started again: it was ended by SIGKILL" in line for line in notes.lines)
+    assert any("resuming after step" in line for line in notes.lines)
+    for ours, theirs in zip(together["history"], alone["history"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    expected = load_file(one.out / "adapter_model.safetensors")
+    for name, tensor in load_file(job.out / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+    assert not list((tmp_path / "store").glob("handover/*/*"))
+
+
+def test_what_a_cluster_does_not_have_is_named(cluster, stage_job):
+    job = stage_job(RayWorkers(1, {"GPU": 8}), Notes(), hang_timeout=1.0)
+    with pytest.raises(StageError, match=r"does not have 1 times .*GPU.* 8"):
+        stage.run(job)

@@ -1,0 +1,96 @@
+"""`auto` fits, keeps the global batch, and is careful where nothing is known; advice is right."""
+
+import pytest
+
+from regrow.tasks.forecast.devices import DEVICES, device_named, device_of, rate
+from regrow.tasks.forecast.fit import Choice, Wish, advice, choose
+from regrow.tasks.forecast.memory import GIB, Division, Setting, memory
+from regrow.tasks.forecast.model_shape import model_shape
+from regrow.tasks.forecast.trainable import all_weights, with_adapter
+from regrow.tasks.modeling.adapter_settings import AdapterSettings
+
+SHAPE = model_shape(
+    {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+)
+LORA = with_adapter(SHAPE, AdapterSettings(r=16, alpha=32, target_linear=True))
+CAREFUL = Choice(1, True)
+
+
+def wish(micro_batch=None, checkpointing=None, processes=1, trainable=LORA, batch=16):
+    setting = Setting(SHAPE, trainable, 4096, division=Division(processes))
+    return Wish(setting, 4096, batch, micro_batch, checkpointing)
+
+
+@pytest.mark.parametrize("size", [24, 40, 80, 141])
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_what_is_chosen_fits_and_keeps_the_global_batch(size, processes):
+    asked = wish(processes=processes)
+    found = choose(asked, size * GIB, CAREFUL)
+    setting = asked.at(found.micro_batch, found.checkpointing)
+    assert memory(setting).total <= size * GIB
+    assert (16 // processes) % found.micro_batch == 0
+
+
+def test_more_memory_means_less_recomputing():
+    assert choose(wish(), 80 * GIB, CAREFUL).checkpointing is False
+    assert choose(wish(), 24 * GIB, CAREFUL).checkpointing is True
+
+
+def test_what_the_recipe_says_is_kept():
+    assert choose(wish(micro_batch=2), 80 * GIB, Choice(2, True)).micro_batch == 2
+    assert choose(wish(checkpointing=True), 80 * GIB, CAREFUL).checkpointing is True
+    both = choose(wish(2, False), 8 * GIB, Choice(2, False))
+    assert (both.micro_batch, both.checkpointing) == (2, False)
+
+
+@pytest.mark.parametrize(("asked", "room"), [(wish(), None), (None, 80 * GIB), (wish(), 2 * GIB)])
+def test_the_careful_choice_where_nothing_is_known_or_fits(asked, room):
+    found = choose(asked, room, CAREFUL)
+    assert (found.micro_batch, found.checkpointing) == (1, True)
+    assert found.why
+
+
+def test_advice_names_what_fits():
+    asked = wish(micro_batch=8, checkpointing=False)
+    found = memory(asked.at(8, False))
+    lines = advice(asked, found, 80 * GIB)
+    assert lines[0].startswith("it does not fit")
+    assert any(line.startswith("micro_batch_size 2 fits with") for line in lines)
+    free = (80 * GIB - memory(asked.at(2, False)).total) / GIB
+    assert any(f"{free:.1f} GiB to spare" in line for line in lines)
+
+
+def test_advice_for_what_fits_no_gpu():
+    asked = wish(1, True, trainable=all_weights(SHAPE))
+    lines = advice(asked, memory(asked.at(1, True)), 24 * GIB)
+    assert "share it over several" in lines[-1]
+
+
+def test_recomputing_for_nothing_is_said():
+    asked = wish(1, True)
+    lines = advice(asked, memory(asked.at(1, True)), 140 * GIB)
+    assert "to spare" in lines[0]
+    assert "gradient_checkpointing: false" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["H100", "nvidia-h100", "h100-80gb", "NVIDIA H100 80GB HBM3"])
+def test_a_device_is_known_by_its_names(name):
+    assert device_named(name) == device_named("h100")
+    assert device_of(name, 1).name == "h100"
+
+
+def test_devices_without_a_measurement_have_no_rate():
+    assert rate("h100", "lora", True) is not None
+    assert rate("a100", "lora", True) is None
+    assert rate("h100", "full", True) is None
+    with pytest.raises(ValueError, match="known are h100"):
+        device_named("abacus")
+    assert "h200" in DEVICES

@@ -1,0 +1,211 @@
+"""The memory model against tensors counted on the CPU, and against peaks measured on an H100."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.kernels import linear_cross_entropy
+from regrow.tasks.forecast.activations import CPU, FUSED_FAMILIES, KERNELS
+from regrow.tasks.forecast.memory import GIB, LOSS_BUDGET, Division, Setting, memory
+from regrow.tasks.forecast.model_shape import model_shape
+from regrow.tasks.forecast.optimizer_state import state_bytes, state_of
+from regrow.tasks.forecast.trainable import all_weights, with_adapter
+from regrow.tasks.modeling import families, kernels
+from regrow.tasks.modeling.adapter_settings import AdapterSettings
+
+_spec = importlib.util.spec_from_file_location("meters", Path(__file__).with_name("meters.py"))
+assert _spec is not None
+assert _spec.loader is not None
+meters = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(meters)
+
+LORA = {"r": 2, "alpha": 4, "target_linear": True}
+SIZES = [
+    {"vocab_size": 1000, "intermediate_size": 384},
+    {"hidden_size": 128, "tie_word_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", SIZES[0]), ("gemma3_text", SIZES[1])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_the_peak_of_a_step_is_as_computed(kind, adapter, checkpointing, sizes):
+    model, shape = meters.build(kind, adapter, num_hidden_layers=4, **sizes)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapter:
+            model.enable_input_require_grads()
+    inputs = meters.batch(shape.vocabulary)
+    with meters.peak_meter() as meter:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**inputs).loss
+        loss.backward()
+    trainable = with_adapter(shape, AdapterSettings(**adapter)) if adapter else all_weights(shape)
+    setting = Setting(
+        shape, trainable, meters.TOKENS, kernels=(), checkpointing=checkpointing, machine=CPU
+    )
+    parts = memory(setting).parts
+    dynamic = parts["gradients"] + parts["activations"] + parts["logits"]
+    assert dynamic == pytest.approx(meter.peak, rel=0.08)
+
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Other people's stacks, since ours has not been measured yet: one H100 80GB, torch 2.11.0+cu130,
+# 2026-11-21, peak of torch's allocator in GiB, 8192 packed tokens, LoRA r=16. Each is compared with
+# the setting that keeps the same tensors; none of them is Regrow.
+PEERS = {
+    "unsloth, no checkpointing": (43.13, {}),
+    "axolotl's kernels, no checkpointing": (42.89, {}),
+    "axolotl's kernels": (18.62, {"checkpointing": True}),
+    "Trainer and Liger": (
+        19.65,
+        {"checkpointing": True, "kernels": ("rms_norm", "cross_entropy")},
+    ),
+    "TRL, FlashAttention 2": (20.12, {"checkpointing": True, "kernels": ("cross_entropy",)}),
+    "unsloth, nf4, no checkpointing": (33.59, {"bits": 4}),
+    "axolotl's kernels, nf4, no checkpointing": (33.35, {"bits": 4}),
+    "TRL, grouped experts": (
+        12.75,
+        {"checkpointing": True, "kernels": ("cross_entropy",), "experts": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_stacks_that_keep_the_same_tensors_needed_as_much_on_a_gpu(name):
+    measured, changes = PEERS[name]
+    changes = dict(changes)
+    experts = changes.pop("experts", False)
+    shape = model_shape(QWEN3_MOE if experts else LLAMA_8B)
+    targets = {"target_modules": ATTENTION} if experts else {"target_linear": True}
+    trainable = with_adapter(shape, AdapterSettings(r=16, alpha=32, **targets))
+    found = memory(Setting(shape, trainable, 8192, **changes))
+    assert found.allocated / GIB == pytest.approx(measured, rel=0.1)
+
+
+@pytest.fixture
+def setting():
+    shape = model_shape(LLAMA_8B)
+    return Setting(shape, all_weights(shape), 4096)
+
+
+def test_full_training_in_float32_takes_sixteen_bytes_a_parameter(setting):
+    parts = memory(setting).parts
+    held = parts["weights"] + parts["optimizer"]
+    assert held == 12 * setting.shape.parameters
+    accumulating = memory(Setting(setting.shape, setting.trainable, 4096, accumulates=True))
+    assert accumulating.parts["gradients"] == 4 * setting.shape.parameters
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_sharding_divides_what_it_shards(setting, way):
+    one = memory(setting)
+    eight = memory(Setting(setting.shape, setting.trainable, 4096, division=Division(8, 8, way)))
+    assert eight.parts["optimizer"] + eight.parts["weights"] < 0.2 * (
+        one.parts["optimizer"] + one.parts["weights"]
+    )
+    assert eight.parts["workspace"] > one.parts["workspace"]  # whole layers while they run
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"checkpointing": True}, {}),
+        ({}, {"kernels": ()}),
+        ({"tokens": 2048}, {}),
+        ({"optimizer": "adamw_8bit"}, {}),
+        ({"optimizer": "sgd"}, {"optimizer": "adamw_8bit"}),
+        ({}, {"optimizer": "ademamix"}),
+        ({}, {"division": Division(2, 1)}),
+        ({"division": Division(4, 4, "zero2")}, {"division": Division(4, 4, "zero1")}),
+        (
+            {"division": Division(4, 4, "zero2", offloads_optimizer=True)},
+            {"division": Division(4, 4, "zero2")},
+        ),
+    ],
+    ids=lambda changes: "-".join(changes) or "as it is",
+)
+def test_what_saves_memory_saves_memory(setting, less, more):
+    known = {"shape": setting.shape, "trainable": setting.trainable, "tokens": 65536}
+    known["accumulates"] = True
+    assert memory(Setting(**known | less)).total < memory(Setting(**known | more)).total
+
+
+def test_fewer_bits_take_less():
+    shape = model_shape(LLAMA_8B)
+    trainable = with_adapter(shape, AdapterSettings(r=16, alpha=32, target_linear=True))
+    sizes = [memory(Setting(shape, trainable, 4096, bits=b)).parts["weights"] for b in (16, 8, 4)]
+    assert sizes == sorted(sizes, reverse=True)
+    # Of Llama-3.1-8B in nf4 bitsandbytes makes 5.3 GiB (5.31 in `W2` of the peers' runs).
+    assert sizes[-1] / GIB == pytest.approx(5.3, abs=0.1)
+
+
+def test_kernels_that_cannot_be_used_are_named():
+    shape = model_shape(LLAMA_8B | {"model_type": "granite"})
+    assert any("granite" in note for note in memory(Setting(shape, all_weights(shape), 64)).notes)
+
+
+def test_kernels_are_those_that_training_puts_in():
+    assert set(kernels.KERNELS) == set(KERNELS)
+    assert linear_cross_entropy.LOGITS_BYTES == LOSS_BUDGET
+    names = {family.name for family in families.FAMILIES}
+    assert {name.removesuffix("_text") for name in FUSED_FAMILIES} == names
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"])
+def test_states_of_optimizers_are_those_that_torch_makes(name):
+    from transformers.optimization import Adafactor
+
+    made = {
+        "adamw_torch": lambda p: torch.optim.AdamW(p),
+        "adafactor": lambda p: Adafactor(p, scale_parameter=False, relative_step=False, lr=1e-3),
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+        "rmsprop": lambda p: torch.optim.RMSprop(p),
+        "adagrad": lambda p: torch.optim.Adagrad(p),
+    }[name]
+    shapes = [(48, 32), (64,), (3, 16, 24)]
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = made(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
+    assert state_bytes(name, [(shape, False) for shape in shapes]) == held
+
+
+def test_an_unknown_optimizer_counts_as_adam():
+    assert state_of("galore_adamw") == (state_of("adamw_torch")[0], False)
+    assert state_of("paged_lion_8bit")[1]

@@ -1,0 +1,88 @@
+"""What machines tell each other arrives: attempts, faults, ends, and that it is over."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from regrow.infra.launch import free_port
+from regrow.infra.nodes import Nodes
+from regrow.tasks.train import meeting as meeting_module
+from regrow.tasks.train.meeting import Lost, Meeting, Over
+from regrow.tasks.train.part import Call, Ended, failure_of
+
+CALL = Call({"work": "/a"}, "s3://bucket/store", "stages/ab", 2, "127.0.0.1", 4321)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(meeting_module, "_POLL", 0.01)
+    monkeypatch.setattr(meeting_module, "_GRACE", 0.05)
+
+
+@pytest.fixture
+def both():
+    """Machine 0's side of a meeting of two, and the other's."""
+    place = ("127.0.0.1", free_port())
+    host = Meeting.host(Nodes(2, 0, *place))
+    return host, Meeting.join(Nodes(2, 1, *place), print)
+
+
+def test_an_attempt_is_heard_answered_and_its_end_told(both):
+    host, guest = both
+    assert host.name == guest.name
+    host.call(0, CALL)
+    assert guest.next_call(0) == CALL
+    assert host.not_ready(0) == ([1], [])
+    guest.tell_ready(0)
+    assert host.not_ready(0) == ([], [])
+    assert host.ends(0) == {}
+    ended = Ended(failure_of("boom", None, 1), {"stacks-rank-00001.txt": "Thread"})
+    guest.tell_end(0, ended)
+    assert host.ends(0) == {1: ended}
+
+
+def test_why_a_machine_cannot_take_part_is_heard(both):
+    host, guest = both
+    host.call(3, CALL)
+    guest.tell_ready(3, "machine 1: no store")
+    assert host.not_ready(3) == ([], ["machine 1: no store"])
+
+
+@pytest.mark.parametrize("why", ["", "the disk is full"])
+def test_all_hear_that_it_is_over_and_why(both, why):
+    host, guest = both
+    heard = []
+
+    def follow():
+        try:
+            guest.next_call(1)
+        except Over as over:
+            heard.append(over.why)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    host.close(1, why, seconds=60)
+    follower.join(60)
+    assert heard == [why]
+
+
+def test_a_failure_anywhere_stops_everybody(both):
+    for attempt, (side, other) in enumerate((both, both[::-1])):
+        stop, done = threading.Event(), threading.Event()
+        watcher = threading.Thread(target=side.watch, args=(attempt, stop, done))
+        watcher.start()
+        assert not stop.wait(0.1)
+        other.tell_failure(attempt)
+        assert stop.wait(60)
+        watcher.join(60)
+
+
+def test_that_machine_0_has_gone_is_no_silence():
+    place = ("127.0.0.1", free_port())
+    host = Meeting.host(Nodes(2, 0, *place))
+    guest = Meeting.join(Nodes(2, 1, *place), print)
+    del host
+    with pytest.raises(Lost):
+        guest.next_call(0)
