@@ -19,7 +19,7 @@ test: $(VENV)/tested $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile -m "not gpu and not services and not slow and not extended"
 
 slow: $(VENV)/tested $(MODEL)/config.json
-	$(BIN)/pytest -q -m "(slow or services) and not gpu and not extended"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --durations=15 -m "(slow or services) and not gpu and not extended"
 
 extended: $(VENV)/tested $(MODEL)/config.json
 	$(BIN)/pytest -q -m "extended and not gpu"

@@ -21,6 +21,7 @@ SINGLE_IMPORTERS = {
     "mlflow": {"infra/tracking.py"},
     "fsspec": {"infra/store.py"},
     "matplotlib": {"tasks/figures.py"},
+    "ray": {"tasks/train/ray_cluster.py"},
 }
 STAGES = ("prepare", "train", "merge", "quantize", "evaluate", "publish")
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "base"}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.infra.test_deploy_files import DEPLOY, SECRETS, compose
-from tests.services.platform import PATIENCE
 from tests.services.servers import Postgres, S3Server, free_port, program, start, stop, wait_until
+from tests.services.whole_platform import PATIENCE
 
 BIN = Path(sys.executable).parent
 BUCKET = "composed"

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.flows.conftest import place as place  # a fixture: a tiny pipeline
-from tests.services.platform import Platform, platform_on
 from tests.services.servers import (
     Bucket,
     Postgres,
@@ -18,6 +17,7 @@ from tests.services.servers import (
     postgres,
     radosgw,
 )
+from tests.services.whole_platform import Platform, platform_on
 
 
 def _missing(error: ServerMissing) -> None:

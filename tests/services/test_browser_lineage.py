@@ -14,8 +14,8 @@ import pytest
 
 from tests.flows.made_pipeline import DATA, ROWS, TOKENS, make_plan, run_made
 from tests.services.browser import Browser, chromium
-from tests.services.platform import Platform
 from tests.services.servers import ServerMissing
+from tests.services.whole_platform import Platform
 
 pytestmark = pytest.mark.services
 

@@ -17,10 +17,11 @@ import pytest
 
 from tests.infra.test_deploy_files import SECRETS
 from tests.services.composed import BUCKET, Composed
-from tests.services.platform import PATIENCE
 from tests.services.servers import Postgres, S3Server, program
+from tests.services.whole_platform import PATIENCE
 
-pytestmark = pytest.mark.services
+# Three minutes of processor time: more than CI has.
+pytestmark = [pytest.mark.services, pytest.mark.extended]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from regrow.flows.workplace import Workplace
 from regrow.infra.lease import Lease
 from regrow.infra.settings import load_settings
 from tests.flows.conftest import Place
-from tests.services.platform import Platform
 from tests.services.servers import Bucket
+from tests.services.whole_platform import Platform
 
 RUNS = 8
 RECIPES = {

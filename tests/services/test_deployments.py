@@ -17,7 +17,7 @@ from regrow.infra.lease import Lease
 from regrow.infra.settings import load_settings
 from tests.conftest import ROOT
 from tests.flows.conftest import Place, rows
-from tests.services.platform import PATIENCE, Platform, Worker, eventually
+from tests.services.whole_platform import PATIENCE, Platform, Worker, eventually
 
 STEPS = 3000
 """More than a test waits for: the runs are stopped on the way."""
@@ -123,7 +123,7 @@ def test_form_event_clock_and_new_data_each_start_a_run(place: Place, platform: 
         landed = {"event": "data.landed", "resource": {"prefect.resource.id": "test"}}
         landed |= {"payload": {}, "id": str(uuid.uuid4())}
         platform.post("events", [landed | {"occurred": datetime.now(UTC).isoformat()}])
-        by_event = await_run(platform, lambda run: run["created_by"]["type"] == "AUTOMATION")
+        by_event = await_run(platform, by_automation)
         assert all_cached(platform, by_event)
 
         assert "cron * * * * *" in deploy(here, "--pool", "starts", "--cron", "* * * * *")
@@ -165,6 +165,10 @@ def test_kubernetes_pool_gets_our_template_and_its_runs_their_resources(
 
 def done(run: dict[str, Any]) -> bool:
     return run["state_name"] == "Completed"
+
+
+def by_automation(run: dict[str, Any]) -> bool:
+    return (run["created_by"] or {}).get("type") == "AUTOMATION"
 
 
 def by_data(run: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from regrow.infra.lease import Lease
 from regrow.infra.settings import load_settings
 from tests.flows.conftest import Place
 from tests.flows.test_interrupt import processes_of
-from tests.services.platform import PATIENCE, eventually
+from tests.services.whole_platform import PATIENCE, eventually
 
 pytestmark = pytest.mark.services
 

@@ -10,8 +10,8 @@ from regrow.flows.workplace import Workplace
 from regrow.infra.settings import load_settings
 from regrow.infra.tracking import Tracker
 from tests.flows.conftest import Place
-from tests.services.platform import PATIENCE, Platform, Worker, eventually, kill_all
 from tests.services.servers import Bucket
+from tests.services.whole_platform import PATIENCE, Platform, Worker, eventually, kill_all
 
 pytestmark = pytest.mark.services
 
