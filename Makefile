@@ -16,10 +16,10 @@ demo: $(VENV)/ready $(MODEL)/config.json
 
 # One thread for each of the two processes: tiny models gain nothing from more, and would fight.
 test: $(VENV)/tested $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile -m "not gpu and not services and not slow and not extended"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal -m "not gpu and not services and not slow and not extended"
 
 slow: $(VENV)/tested $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --durations=15 -m "(slow or services) and not gpu and not extended"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal --durations=15 -m "(slow or services) and not gpu and not extended"
 
 extended: $(VENV)/tested $(MODEL)/config.json
 	$(BIN)/pytest -q -m "extended and not gpu"
