@@ -81,7 +81,7 @@ class Meeting:
 
     def call(self, attempt: int, call: Call) -> None:
         """Tell the others of an attempt."""
-        self._store.set(f"call/{attempt}", call.to_json())
+        self._set(f"call/{attempt}", call.to_json())
 
     def not_ready(self, attempt: int) -> tuple[list[int], list[str]]:
         """Machines that have not answered yet, and why some cannot take part."""
@@ -105,7 +105,7 @@ class Meeting:
 
     def close(self, attempt: int, why: str, seconds: float = _GRACE) -> None:
         """Send the others away; waits until they have heard it."""
-        self._store.set(f"call/{attempt}", json.dumps({"over": why}))
+        self._set(f"call/{attempt}", json.dumps({"over": why}))
         left = [f"left/{rank}" for rank in range(1, self._nodes.count)]
         end = time.monotonic() + seconds
         while not self._store.check(left) and time.monotonic() < end:
@@ -140,11 +140,16 @@ class Meeting:
 
     def _tell(self, key: str, value: str) -> None:
         try:
-            self._store.set(key, value)
+            self._set(key, value)
         except DistError as error:
             raise Lost(str(error)) from error
 
     # ---- all ----
+
+    def _set(self, key: str, value: str) -> None:
+        """Everybody sees it once this returns: `set` alone does not wait for the server."""
+        self._store.set(key, value)
+        self._store.check([key])
 
     def tell_failure(self, attempt: int) -> None:
         """Say that a part of the attempt has failed: the others are to end theirs."""
