@@ -69,12 +69,17 @@ _SHAREGPT: dict[str, tuple[str, dict[str, str]]] = {
 _CONVERSATIONS = {"vicuna_v1.1": "vicuna", "llama-3": "llama3", "phi-3": "phi_3"}
 
 
+def _named(names: dict[str, Any]) -> dict[str, Any]:
+    return {who: name for who, name in names.items() if name}
+
+
 def _sharegpt(draft: Draft, path: Path, entry: dict[str, Any]) -> None:
     """The removed type, with the keys that were its own, in the words of `chat_template`."""
     column, properties = _SHAREGPT[entry["type"]]
     guanaco = {"user": ["prompter"]} if entry["type"].endswith("guanaco") else {}
     names = {"user": entry.pop("field_human", None), "assistant": entry.pop("field_model", None)}
-    roles = guanaco | {target: [name] for target, name in names.items() if name}
+    usual = {"user": "human", "assistant": "gpt"} if any(names.values()) else {}
+    roles = guanaco | {who: [name] for who, name in (usual | _named(names)).items()}
     entry["type"] = "chat_template"
     entry.setdefault("field_messages", column)
     if properties:

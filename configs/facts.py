@@ -101,8 +101,8 @@ def facts_at_hand(
 def _directory(name: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
     if "\0" in name:
         return None
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             return path
         if not environment or name.count("/") != 1:
@@ -112,7 +112,7 @@ def _directory(name: str, revision: str | None, environment: Mapping[str, str]) 
         commit = reference.read_text().strip() if reference.is_file() else revision or ""
         found = folder / "snapshots" / commit
         return found if commit and found.is_dir() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last: a home of nobody
         return None
 
 

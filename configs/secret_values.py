@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SECRET_KEY = re.compile(
     r"(api_?key|password|passwd|passphrase|secret|secret_?key|access_?key(_?id)?|account_?key"
-    r"|(hf|hub|auth|access|session|sas)_?token)s?$",
+    r"|(hf|hub|auth|access|session|sas)_?token|webhook_?url)s?$",
     re.IGNORECASE,
 )
 # A user without password is no secret (sftp://me@host), but to a web server it may be a token.

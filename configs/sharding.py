@@ -91,6 +91,9 @@ def _fsdp(draft: Draft) -> None:
     for name in [name for name in config if name.startswith("fsdp_")]:
         draft.move(("fsdp_config", name), ("fsdp_config", name.removeprefix("fsdp_")), config[name])
     _version(draft, config)
+    if not isinstance(listed, (str, list, type(None))):
+        draft.fault(("fsdp",), "expected a list", "Use `fsdp_config: {}`", listed)
+        listed = None
     words = listed.split() if isinstance(listed, str) else list(listed or ())
     _old_words(draft, config, words)
     dropped = [name for name in _ONLY_FSDP1 if name in config]

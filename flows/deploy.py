@@ -51,6 +51,11 @@ def deploy(loaded: Loaded, settings: Settings, wish: Wish) -> list[str]:
         StageError: when Prefect refuses something that was asked for.
     """
     name = loaded.name
+    if wish.on_change and mask_secrets(wish.on_change) != wish.on_change:
+        raise StageError(
+            "--on-change: the address holds a secret, and parameters are shown on Prefect's pages. "
+            "Give the credentials in the worker's environment"
+        )
     told = []
     with get_client(sync_client=True) as client:
         told.append(_ensure_pool(client, wish))
@@ -60,7 +65,7 @@ def deploy(loaded: Loaded, settings: Settings, wish: Wish) -> list[str]:
     identifier = _apply(
         finetune,
         name,
-        {"recipe": loaded.recipe.given(), "name": name},
+        {"recipe": _given(loaded), "name": name},
         wish,
         ConcurrencyLimitStrategy.ENQUEUE,
         triggers=_triggers(name, wish),
@@ -76,6 +81,16 @@ def deploy(loaded: Loaded, settings: Settings, wish: Wish) -> list[str]:
     return told + ensure_automations()
 
 
+def _given(loaded: Loaded) -> dict[str, Any]:
+    """The recipe's keys with whole paths: a worker stands in a directory that ends with its run."""
+    given = loaded.recipe.given()
+    for key in ("output_dir", "store"):
+        place = given.get(key)
+        if place and not is_url(place):
+            given[key] = str(Path(place).expanduser().absolute())
+    return given
+
+
 def _watch(loaded: Loaded, wish: Wish, variables: dict[str, Any]) -> list[str]:
     assert wish.on_change is not None
     # The worker stands in another directory.
@@ -83,7 +98,7 @@ def _watch(loaded: Loaded, wish: Wish, variables: dict[str, Any]) -> list[str]:
     _apply(
         watch_source,
         loaded.name,
-        {"url": url, "name": loaded.name, "store": loaded.recipe.store},
+        {"url": url, "name": loaded.name, "store": _given(loaded).get("store")},
         wish,
         # A look that is due while another is still at it, or was missed while no worker was there,
         # would find nothing that the next one does not: were they to queue, short intervals would

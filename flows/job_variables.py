@@ -50,11 +50,12 @@ def job_variables(
     env = _everywhere(settings) | {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
     if settings.store_url and is_url(settings.store_url):
         env["REGROW_STORE"] = settings.store_url  # otherwise what the cluster's settings say
-    if recipe.store and not is_url(recipe.store):
-        raise StageError(
-            f"store: {recipe.store} is a folder, and a pod's disk ends with it; name a URL such as "
-            "s3://bucket/store"
-        )
+    for key, place in (("store", recipe.store), ("output_dir", recipe.output_dir)):
+        if place and not is_url(place):
+            raise StageError(
+                f"{key}: {place} is a folder, and a pod's disk ends with it; name a URL such as "
+                f"s3://bucket/{key}"
+            )
     gpus = recipe.num_processes if wanted.gpus is None else wanted.gpus
     found = {"env": _shown(env), "gpus": gpus, "image": wanted.image, "memory": wanted.memory}
     return {name: value for name, value in found.items() if value is not None}

@@ -152,6 +152,14 @@ class Journal:
 
     def end(self, closing: Closing) -> None:
         """Close the parent run with a table of the stages, the report and the lineage page."""
+        try:
+            self._show_end(closing)
+        finally:
+            for run_id in self._open:  # begun in the moment of an interruption
+                self._tracker.finish(run_id, closing.status)
+            self._tracker.finish(self._parent, closing.status)
+
+    def _show_end(self, closing: Closing) -> None:
         final = closing.outcomes[-1].record if closing.outcomes else None
         if final is not None:
             page = lineage.html(final, self._artifacts.lookup)
@@ -163,9 +171,6 @@ class Journal:
                 self._tracker.log_metrics(self._parent, _compared(outcome.record.result))
         note = self._parent_note(closing)
         self._tracker.set_tags(self._parent, {"mlflow.note.content": note})
-        for run_id in self._open:  # begun in the moment of an interruption
-            self._tracker.finish(run_id, closing.status)
-        self._tracker.finish(self._parent, closing.status)
 
     def _parent_note(self, closing: Closing) -> str:
         pages = list(self._run_links(bool(closing.report), bool(closing.outcomes)))

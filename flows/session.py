@@ -13,6 +13,7 @@ from typing import Any
 from regrow.flows.journal import Closing, Journal
 from regrow.flows.progress import LineReporter, Listener, duration, say
 from regrow.flows.workplace import Workplace
+from regrow.infra.artifacts import ArtifactDamaged
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.store import StoreError
 from regrow.infra.tracking import Tracker
@@ -151,14 +152,14 @@ class Session:
         facts = report.RunFacts(
             self.plan, self.outcomes, status, self._origin.recipe_text, now, places
         )
-        page = report.page(facts, self._workplace.artifacts.lookup)
         flow_run = self._origin.tags.get("prefect.flow_run_id", "")[:8]
         moment = now[:19].replace(":", "")
         name = f"reports/{self.plan.name}/{moment}-{flow_run or 'run'}.html"
-        store = self._workplace.artifacts.store
+        store, page = self._workplace.artifacts.store, ""
         try:
+            page = report.page(facts, self._workplace.artifacts.lookup)
             store.write_bytes(name, page.encode())
-        except (StoreError, OSError) as error:
+        except (StoreError, OSError, ArtifactDamaged) as error:
             self._emit(f"warning: the run's report was not kept in the store: {error}")
         else:
             self.report_url = mask_secrets(store.url_of(name))

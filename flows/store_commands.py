@@ -71,8 +71,7 @@ def _verify(args: argparse.Namespace, place: Workplace) -> int:
 
 def _gc(args: argparse.Namespace, place: Workplace) -> int:
     pins = pinned(place.artifacts.store)
-    busy = [f"stages/{name}" for name in place.artifacts.store.folders("leases/stages")]
-    busy = [key for key in busy if Lease(place.artifacts.store, key, 0).holder()]
+    busy = _busy(place)
     found = unneeded(place.artifacts, pins, busy, timedelta(hours=args.min_age))
     kept = len(reached(place.artifacts, list(pins.values())))
     if not pins:
@@ -87,6 +86,14 @@ def _gc(args: argparse.Namespace, place: Workplace) -> int:
         place.artifacts.remove(holding.key)
     say(f"\nremoved {len(found)} artifacts, {total}")
     return 0
+
+
+def _busy(place: Workplace) -> list[str]:
+    """Stages that are being built, and what they are built from."""
+    names = place.artifacts.store.folders("leases/stages")
+    leases = {f"stages/{n}": Lease(place.artifacts.store, f"stages/{n}", 0) for n in names}
+    held = {key: lease for key, lease in leases.items() if lease.holder()}
+    return [*held, *(key for lease in held.values() for key in lease.needs())]
 
 
 def _pin(args: argparse.Namespace, place: Workplace) -> int:

@@ -11,6 +11,7 @@ Locks are `flock`s: the system drops them with their process, so a killed one bl
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -103,17 +104,22 @@ class LocalCache:
         """All complete entries; what killed downloads left is removed on the way."""
         self._root.mkdir(parents=True, exist_ok=True)
         found = []
-        for path in sorted(self._root.rglob("attempt-*")):
-            if not path.is_dir():
-                continue
-            if path.suffix == ".partial":
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
-                continue
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            name = path.relative_to(self._root).as_posix()
-            found.append(_Entry(path, name, size, path.stat().st_mtime))
+        for folder, inner, _ in os.walk(self._root):  # passes over what others remove meanwhile
+            for name in sorted(name for name in inner if name.startswith("attempt-")):
+                with contextlib.suppress(FileNotFoundError):
+                    found += self._entry(Path(folder) / name)
+            inner[:] = [name for name in inner if not name.startswith("attempt-")]
         return found
+
+    def _entry(self, path: Path) -> list[_Entry]:
+        """The complete entry there, if it is one. Raises FileNotFoundError when it goes."""
+        used = path.stat().st_mtime
+        if path.suffix == ".partial":
+            if time.time() - used > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            return []
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return [_Entry(path, path.relative_to(self._root).as_posix(), size, used)]
 
     def _my_list(self) -> IO[str]:
         root = self._root.resolve()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
+from regrow.infra.store import StoreError
 
 _FAMILIES = ("stages", "units", "checkpoints")
 """Folders of a store below which artifacts lie; checkpoints one level deeper."""
@@ -52,8 +53,11 @@ def reached(artifacts: ArtifactStore, keys: Sequence[str]) -> set[str]:
         found.add(key)
         try:
             record = artifacts.lookup(key)
-        except ArtifactDamaged:
-            continue  # kept: `verify` names it, and its builder replaces it
+        except ArtifactDamaged as damage:
+            raise StoreError(
+                f"{key} must stay, but its record cannot be read ({damage.why}), so what it was "
+                "made from is not known. Build it again or unpin it first"
+            ) from damage
         folder = key.rpartition("/")[0]
         waiting += [f"{folder}/{name}" for name in (record.inputs.values() if record else ())]
     return found

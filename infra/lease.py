@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -75,9 +76,11 @@ class Lease:
         store: where artifacts are.
         key: the artifact's key.
         seconds: how long a silent holder keeps the lease.
+        needs: keys of the artifacts that it builds from, which must not be removed meanwhile.
     """
 
-    def __init__(self, store: Store, key: str, seconds: float) -> None:
+    def __init__(self, store: Store, key: str, seconds: float, needs: Sequence[str] = ()) -> None:
+        self._needs = list(needs)
         self._store, self._folder, self._seconds = store, f"leases/{key}", seconds
         self._number: int | None = None
         self._token = uuid.uuid4().hex
@@ -112,6 +115,11 @@ class Lease:
         if _is_dead(owner):
             return None
         return f"{owner.get('host')}, process {owner.get('pid')}"
+
+    def needs(self) -> list[str]:
+        """Keys that the present holder builds from."""
+        newest = self._newest()
+        return list(newest[1].get("needs", ())) if newest is not None else []
 
     def check(self) -> None:
         """Raises LeaseLost when another builder has taken over."""
@@ -155,6 +163,7 @@ class Lease:
             "token": self._token,
             "beat": f"{self._token}-{self._beats}",
             "released": released,
+            "needs": self._needs,
         }
         return json.dumps(data).encode()
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regrow.infra.settings import load_settings
-from regrow.infra.store import Store, identity
+from regrow.infra.store import Store, StoreError, identity
 
 
 def files_at(url: str) -> list[str]:
@@ -39,8 +39,12 @@ def local_copy(url: str, patterns: Sequence[str] | None = None) -> Path:
     missing = [name for name in wanted if not (folder / name).is_file()]
     partial = {name: folder / f".{uuid.uuid4().hex}.partial" for name in missing}
     try:
-        sizes = {name: versions[name][0] for name in missing}
+        sizes = {name: versions[name][0] for name in missing if versions[name][0] >= 0}
         store.get_files(list(partial.items()), sizes)
+        if {name: identity(store.url_of(name)) for name in missing} != {
+            name: versions[name] for name in missing
+        }:
+            raise StoreError(f"{url} changed while it was copied; run again")
         for name, path in partial.items():
             os.replace(path, folder / name)
     finally:

@@ -60,6 +60,10 @@ _SIGNED = re.compile(
 _SHORTEST_VALUE = 8
 
 
+# GOOGLE_APPLICATION_CREDENTIALS and its like.
+_NAMES_A_FILE = re.compile(r"(?:credentials|file|path|dir)$", re.IGNORECASE)
+
+
 @functools.cache
 def is_secret_name(name: str) -> bool:
     """Whether a value of this name (of a field, a variable, a parameter) must not be shown."""
@@ -70,13 +74,12 @@ def _values(variables: Mapping[str, str]) -> list[str]:
     """What of these variables must not be shown: secrets by their names, passwords in URLs."""
     found: set[str] = set()
     for name, value in variables.items():
-        if is_secret_name(name):
+        if is_secret_name(name) and not _NAMES_A_FILE.search(name):
             # user:password, of which the second is the secret
             found |= {value, value.partition(":")[2]}
         elif "@" in value and "://" in value:
             found |= _password(value)
-    # GOOGLE_APPLICATION_CREDENTIALS and its like name a file.
-    values = [value for value in found if len(value) >= _SHORTEST_VALUE and value[0] not in "/."]
+    values = [value for value in found if len(value) >= _SHORTEST_VALUE]
     return sorted(values, key=len, reverse=True)
 
 

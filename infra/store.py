@@ -62,7 +62,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    if protocol in {"file", "local", "memory"}:
+    if protocol in {"file", "local", "memory", "sftp", "ssh"}:  # the last two know no such option
         return {}
     if protocol not in {"s3", "s3a"}:
         return {"use_listings_cache": False}
@@ -129,7 +129,8 @@ def identity(url: str) -> tuple[int, str]:
     info = _asked(fs, url, lambda: fs.info(path))
     names = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime")
     mark = next((info[name] for name in names if info.get(name)), "")
-    return int(info.get("size") or -1), str(mark)
+    size = info.get("size")
+    return -1 if size is None else int(size), str(mark)
 
 
 def _asked(fs: Any, url: str, work: Callable[[], T]) -> T:

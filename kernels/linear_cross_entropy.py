@@ -208,17 +208,21 @@ class _LossSum(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (upstream,) = grad_outputs
         dhidden, dhead = ctx.saved_tensors
-        dhidden = dhidden * upstream.to(dhidden.dtype) if ctx.flags[0] else None
+        dhidden = _scaled(dhidden, upstream, dhidden.dtype) if ctx.flags[0] else None
         dhead = _scaled(dhead, upstream, ctx.dtype) if ctx.flags[1] else None
         return dhidden, dhead, *[None] * 6
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream, rounded once, without a float32 copy between."""
+    """gradient * upstream, rounded once, without a float32 copy between.
+
+    A factor of no dimensions would first be rounded to the gradient's type: with bfloat16 every
+    gradient of a step would be wrong by one factor of up to 0.4 %.
+    """
+    factor = upstream.reshape(1, 1)
     if torch.compiler.is_compiling():
-        return (gradient * upstream).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, upstream.to(gradient.dtype), out=out)
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _LogProbs(torch.autograd.Function):

@@ -24,6 +24,7 @@ from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.hub import HubError
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.lease import Lease, LeaseLost
+from regrow.infra.secrets import mask_secrets
 from regrow.infra.store import Store, StoreError
 from regrow.infra.tracking import TrackingError
 from regrow.tasks.stage import Reporter, Stage, StageError, StageJob, canonical, fingerprint
@@ -130,7 +131,8 @@ class Builder:
             StageError: for a fault the user can mend. Whatever the runner raises is passed on.
         """
         begin = time.monotonic()
-        lease = Lease(self.artifacts.store, stage_key(stage), self._lease_seconds)
+        needs = [stage_key(each) for each in stage.inputs.values()]
+        lease = Lease(self.artifacts.store, stage_key(stage), self._lease_seconds, needs)
         record = self._find_or_tell(stage, report.log)
         waiting = False
         while record is None:
@@ -237,7 +239,7 @@ class Builder:
         if remedy is not None:
             return StageError(remedy)
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(traceback.format_exception(error)))
+        log.write_text(mask_secrets("".join(traceback.format_exception(error))))
         return StageError(
             f"it failed in a way that Regrow does not know: {type(error).__name__}: "
             f"{error}\nIf the input is right this is a bug; the traceback to report is in {log}"

@@ -15,6 +15,26 @@ def one_way_of_sharding(recipe: Recipe, given: frozenset[str]) -> Iterator[Breac
         yield ("deepspeed",), "FSDP is asked for as well", "Use one of the two"
 
 
+@rule("deepspeed")
+def deepspeed_says_only_where(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """What decides the result stands in the recipe's own keys, which enter the stages' keys."""
+    config = recipe.deepspeed or {}
+    for key in _DECIDING:
+        if config.get(key, "auto") != "auto":
+            why = f"it says `{key}`, which the recipe's own keys decide"
+            yield ("deepspeed", key), why, "Take it out of the file, or make it auto"
+    half = config.get("fp16")
+    if isinstance(half, dict) and half.get("enabled") not in (None, False, "auto"):
+        why = "float16 would need a scaled loss, which is not here yet"
+        yield ("deepspeed", "fp16"), why, "Use `bf16: {enabled: auto}`"
+
+
+_DECIDING = (
+    *("optimizer", "scheduler", "gradient_clipping", "train_batch_size"),
+    *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+)
+
+
 @rule("fsdp_config", "dp_replicate_size", "dp_shard_size")
 def sizes_need_fsdp(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """The sizes say how FSDP shards; without it they would do nothing."""
@@ -70,6 +90,7 @@ _PLAIN_TENSORS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_tor
 
 RULES = (
     one_way_of_sharding,
+    deepspeed_says_only_where,
     sizes_need_fsdp,
     sizes_multiply_to_the_processes,
     int8_weights_are_not_sharded,

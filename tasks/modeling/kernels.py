@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -68,8 +69,6 @@ def runs_on() -> str:
 
 
 def _has_gpu_kernels() -> bool:
-    import torch
-
     return torch.cuda.is_available() and backend.triton is not None
 
 
@@ -109,7 +108,8 @@ def swap_kernels(
     if family is None:
         done.left[type(base).__name__] = "no kernels are known for this architecture"
         return _said(done)
-    for kernel in kernels:
+    # Norms first: an attention that is replaced takes those of its heads over.
+    for kernel in sorted(kernels, key=lambda name: name != "rms_norm"):
         if kernel != "rms_norm" and not whole_layers:
             done.left[kernel] = _SHARDED
         elif kernel == "cross_entropy":

@@ -66,7 +66,8 @@ class LayerSizes:
         """From the configuration of a Transformers model."""
         text = config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = text.intermediate_size
+        named = (getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+        width = next((width for width in named if width), 4 * text.hidden_size)
         if getattr(text, "moe_intermediate_size", None):
             width = text.moe_intermediate_size * text.num_experts_per_tok
         keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -62,7 +62,11 @@ class FirstMachine:
             job.to_json(), self._store, self._prepared, nodes.count, nodes.address, free_port()
         )
         self._meeting.call(number, call)
-        self._await_others(number, job.placement.hang_timeout)
+        try:
+            self._await_others(number, job.placement.hang_timeout)
+        except StageError:
+            self._meeting.tell_failure(number)  # those that are ready wait for us
+            raise
         stop, done = threading.Event(), threading.Event()
         watcher = threading.Thread(target=self._meeting.watch, args=(number, stop, done))
         watcher.start()

@@ -82,11 +82,16 @@ def build_model(job: WorkerJob) -> TrainedModel:
         partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
     if spec.neftune_noise_alpha:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
-    kernels, policy = _swap(trained, job), _policy(trained, job)
+    kernels = _swap(trained, job)
+    policy = _policy(trained, job, kernels)
     return TrainedModel(trained, use_cache, partly, first_values, kernels, policy)
 
 
-def _policy(model: Any, job: WorkerJob) -> str:
+# What `recompute.LayerSizes` counts is what layers keep with these; without them it is more.
+_COUNTED = frozenset({"attention", "cross_entropy"})
+
+
+def _policy(model: Any, job: WorkerJob, kernels: Swapped) -> str:
     """The placement's gradient checkpointing as one of `recompute.POLICIES`."""
     place, wanted = job.placement, job.placement.gradient_checkpointing
     if isinstance(wanted, bool):
@@ -95,9 +100,14 @@ def _policy(model: Any, job: WorkerJob) -> str:
         return wanted
     if place.device == "cpu" or not torch.cuda.is_available():
         return "none"
-    tokens = place.micro_batch_size * int(row_lengths(job.prepared).max())
+    if not kernels.modules.keys() >= _COUNTED or not kernels.modules.keys() & {"mlp", "experts"}:
+        logger.info("gradient_checkpointing: full, since not all kernels run")
+        return "full"
+    longest = max(int(row_lengths(job.prepared).max()), place.pad_to or 0)
+    tokens = place.micro_batch_size * longest
     # Sharded weights leave more memory free than is counted here: never too little is computed.
-    policy = choose_policy(LayerSizes.of(model.config), tokens, free_bytes(model))
+    element = 2 if job.spec.adapter else 4  # trained weights are float32, and so are their sums
+    policy = choose_policy(LayerSizes.of(model.config), tokens, free_bytes(model), element)
     logger.info("gradient_checkpointing: %s, for micro-batches of %d tokens", policy, tokens)
     return policy
 

@@ -8,6 +8,7 @@ other; all need one store.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import signal
@@ -64,7 +65,8 @@ def _take_part(
     try:
         ended = take_part(call, rank, job, logger.info, logs / f"train-machine-{rank}.log", stop)
     except KeyboardInterrupt:
-        meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
+        with contextlib.suppress(Lost):  # machine 0 may be told to stop at the same moment
+            meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
         raise
     finally:
         done.set()

@@ -420,6 +420,23 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "one_way_of_sharding": [
         ("deepspeed: zero2.json\nfsdp_config: {}", "deepspeed", "FSDP is asked for as well"),
     ],
+    "deepspeed_says_only_where": [
+        (
+            "deepspeed: {zero_optimization: {stage: 1}, optimizer: {type: SGD}}",
+            "deepspeed.optimizer",
+            "which the recipe's own keys decide",
+        ),
+        (
+            "deepspeed: {zero_optimization: {stage: 1}, gradient_clipping: 0.1}",
+            "deepspeed.gradient_clipping",
+            "which the recipe's own keys decide",
+        ),
+        (
+            "deepspeed: {zero_optimization: {stage: 1}, fp16: {enabled: true}}",
+            "deepspeed.fp16",
+            "a scaled loss",
+        ),
+    ],
     "sizes_need_fsdp": [
         ("dp_shard_size: 2", "dp_shard_size", "which is off"),
         ("dp_replicate_size: 2", "dp_replicate_size", "which is off"),

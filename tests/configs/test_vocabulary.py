@@ -360,6 +360,10 @@ def test_a_map_is_a_prompt(load, minimal):
             ["type: sharegpt", "field_human: Bob", "field_model: bot"],
             {"roles": {"user": ("Bob",), "assistant": ("bot",)}},
         ),
+        (
+            ["type: sharegpt", "field_human: Bob"],
+            {"roles": {"user": ("Bob",), "assistant": ("gpt",)}},
+        ),
         (["type: sharegpt", "conversation: chatml"], {"chat_template": "chatml"}),
         (
             ["type: sharegpt", "conversation: chatml", "chat_template: llama3"],

@@ -56,6 +56,8 @@ def test_folders_of_this_machine_do_not_go_to_a_cluster():
     assert variables("kubernetes", shared)["env"]["REGROW_STORE"] == "s3://b/store"
     with pytest.raises(StageError, match="pod's disk"):
         variables("kubernetes", store="/data/store")
+    with pytest.raises(StageError, match=r"output_dir: \./out is a folder"):
+        variables("kubernetes", output_dir="./out")
 
 
 def test_evicted_pod_has_its_run_scheduled_again():

@@ -73,6 +73,12 @@ def test_killed_holder_of_this_machine_is_replaced_at_once(tmp_path):
     lease.release()
 
 
+def test_a_holder_tells_what_it_builds_from(store):
+    with Lease(store, KEY, 30, ["stages/ab"]) as lease:
+        assert lease.try_acquire()
+        assert Lease(store, KEY, 0).needs() == ["stages/ab"]
+
+
 def test_old_lease_files_do_not_pile_up(store):
     for _ in range(5):
         with Lease(store, KEY, 30) as lease:

@@ -68,3 +68,10 @@ def test_maps_and_lists_are_masked_and_keep_their_shape() -> None:
         "pad_token": "</s>",
         "b": None,
     }
+
+
+def test_secrets_of_the_environment_are_masked_whatever_they_begin_with(monkeypatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/abcDEF0123456789")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/google.json")
+    assert mask_secrets("signing with /abcDEF0123456789") == f"signing with {MASK}"
+    assert mask_secrets("reading /home/me/google.json") == "reading /home/me/google.json"
