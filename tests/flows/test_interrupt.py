@@ -30,10 +30,10 @@ PATIENCE = 300
 @pytest.mark.parametrize(
     ("how", "moment"),
     [
-        pytest.param("ctrl-c", "[prepare] starts", marks=pytest.mark.slow),
+        pytest.param("ctrl-c", "[prepare] starts", marks=pytest.mark.extended),
         pytest.param("terminate", "[prepare] starts", marks=pytest.mark.extended),
         pytest.param("ctrl-c", "checkpoint of step 2 is safe", marks=pytest.mark.extended),
-        pytest.param("terminate", "checkpoint of step 2 is safe", marks=pytest.mark.slow),
+        pytest.param("terminate", "checkpoint of step 2 is safe", marks=pytest.mark.extended),
     ],
 )
 def test_interrupted_run_leaves_nothing_behind_and_goes_on(place, how, moment):
@@ -67,7 +67,7 @@ def test_interrupted_run_leaves_nothing_behind_and_goes_on(place, how, moment):
         assert "resuming after step" in again.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_run_that_is_out_of_time_asks_to_be_started_again(place):
     place.write_recipe(max_steps=100_000, save_steps=50_000, eval_steps=50_000, time_limit=0.05)
     place.write_recipe(logging_steps=50)

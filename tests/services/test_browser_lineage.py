@@ -17,7 +17,8 @@ from tests.services.browser import Browser, chromium
 from tests.services.servers import ServerMissing
 from tests.services.whole_platform import Platform
 
-pytestmark = pytest.mark.services
+# Chromium beside other tests on two cores misses what it waits for now and then.
+pytestmark = [pytest.mark.services, pytest.mark.extended]
 
 PICTURES = os.environ.get("REGROW_PICTURES")
 """Where to keep pictures of the pages, if anywhere."""

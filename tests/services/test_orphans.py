@@ -15,7 +15,7 @@ from tests.flows.conftest import Place
 from tests.flows.test_interrupt import processes_of
 from tests.services.whole_platform import PATIENCE, eventually
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.extended]
 
 LEASE_SECONDS = 6
 STEPS = 3000

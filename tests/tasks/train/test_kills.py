@@ -54,7 +54,7 @@ def _kill(pid: int, how: signal.Signals) -> None:
         print(f"{pid} had ended before {how.name}", file=sys.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_killed_at_random_the_adapter_is_the_same_to_the_byte(make_job, tmp_path, file_bytes):
     kills = int(os.environ.get("REGROW_TEST_KILLS", KILLS))
     calm = make_job("calm", SPEC, PLACEMENT | {"num_processes": 2})
