@@ -218,7 +218,7 @@ class TrainingSection(Section):
     gradient_checkpointing: Literal["auto", "selective", "offload"] | bool = False
     """Recompute activations in the backward pass: less memory, about a third more time; the same
     gradients. `selective`: all but attention's results; `offload`: the layers' inputs wait in the
-    host's memory; `auto`: as little as the GPU's memory allows, which `regrow plan` foretells.
+    host's memory; `auto`: as little as the GPU's memory allows.
     Default false, Axolotl's."""
 
     gradient_checkpointing_kwargs: GradientCheckpointingKwargs = GradientCheckpointingKwargs()

@@ -11,7 +11,7 @@ not counted but assumed, and say so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -394,11 +394,6 @@ def _why_left(setting: Setting) -> str:
     if setting.trainable.dora:
         return "they have no DoRA"
     return "they do not multiply 8-bit layers"
-
-
-def with_micro_batch(setting: Setting, rows: int, row_tokens: int, batch: int) -> Setting:
-    """The setting with another micro-batch, the global batch kept."""
-    return replace(setting, tokens=rows * row_tokens, accumulates=batch > rows)
 
 
 def as_json(found: Memory) -> dict[str, Any]:

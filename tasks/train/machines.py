@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from regrow.infra.launch import WorkerFailed, free_port, run_workers
+from regrow.infra.launch import WorkerFailed, free_port
 from regrow.infra.nodes import Nodes
 from regrow.tasks.stage import Reporter, StageError
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.meeting import Meeting
-from regrow.tasks.train.part import PEER_LOST, WORKER, Call, Ended
+from regrow.tasks.train.part import PEER_LOST, Call, Ended, run_ranks
 
 _POLL = 0.2
 _TELL_EVERY = 60.0
@@ -38,7 +38,7 @@ class ThisMachine:
 
     def run(self, job: WorkerJob, on_line: Callable[[str], None], log: Path) -> None:
         """See `Machines.run`."""
-        _run_here(job, on_line, log)
+        run_ranks(job, on_line, log)
 
     def close(self, why: str) -> None:
         """Nothing is open."""
@@ -71,7 +71,7 @@ class FirstMachine:
         watcher = threading.Thread(target=self._meeting.watch, args=(number, stop, done))
         watcher.start()
         try:
-            _run_here(job, on_line, log, call.nodes(0), stop)
+            run_ranks(job, on_line, log, call.nodes(0), stop)
         except WorkerFailed as failure:
             self._meeting.tell_failure(number)
             ends = self._last_words(number)
@@ -112,27 +112,6 @@ class FirstMachine:
             time.sleep(_POLL)
             ends = self._meeting.ends(number)
         return ends
-
-
-def _run_here(
-    job: WorkerJob,
-    on_line: Callable[[str], None],
-    log: Path,
-    nodes: Nodes | None = None,
-    stop: threading.Event | None = None,
-) -> None:
-    path = job.work / "job.json"
-    job.write(path)
-    run_workers(
-        WORKER,
-        [str(path)],
-        num_processes=job.placement.num_processes,
-        on_line=on_line,
-        log_path=log,
-        env=job.placement.reporters.environment,
-        nodes=nodes,
-        stop=stop,
-    )
 
 
 def failures(ends: Mapping[int, Ended], log: Path) -> list[WorkerFailed]:

@@ -115,6 +115,28 @@ def localize(call: Call, work: Path) -> WorkerJob:
     )
 
 
+def run_ranks(
+    job: WorkerJob,
+    on_line: Callable[[str], None],
+    log: Path,
+    nodes: Nodes | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Run a job's ranks on this machine; see `regrow.infra.launch.run_workers`."""
+    path = job.work / "job.json"
+    job.write(path)
+    run_workers(
+        WORKER,
+        [str(path)],
+        num_processes=job.placement.num_processes,
+        on_line=on_line,
+        log_path=log,
+        env=job.placement.reporters.environment,
+        nodes=nodes,
+        stop=stop,
+    )
+
+
 def take_part(
     call: Call,
     rank: int,
@@ -125,20 +147,9 @@ def take_part(
 ) -> Ended:
     """Run this machine's ranks of an attempt until they end, or `stop` is set."""
     job.work.mkdir(parents=True, exist_ok=True)
-    path = job.work / "job.json"
-    job.write(path)
     failure = None
     try:
-        run_workers(
-            WORKER,
-            [str(path)],
-            num_processes=job.placement.num_processes,
-            on_line=on_line,
-            log_path=log,
-            env=job.placement.reporters.environment,
-            nodes=call.nodes(rank),
-            stop=stop,
-        )
+        run_ranks(job, on_line, log, call.nodes(rank), stop)
     except WorkerFailed as error:
         failure = failure_of(error.message, error.signal, error.rank, error.trace, error.log_path)
     files = {
