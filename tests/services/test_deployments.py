@@ -153,7 +153,7 @@ def test_kubernetes_pool_gets_our_template_and_its_runs_their_resources(
     place: Place, platform: Platform
 ):
     here = place_on(place, platform)
-    here.write_recipe(num_processes=2)
+    here.write_recipe(num_processes=2, output_dir="s3://models/tiny", store="s3://store/regrow")
     pod = ["--image", "registry.example.com/regrow:1", "--memory", "96Gi"]
     deploy(here, "--pool", "cluster", "--pool-type", "kubernetes", *pod)
     template = json.loads((ROOT / "infra/deploy/kubernetes/work-pool.json").read_text())
