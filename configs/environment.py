@@ -10,7 +10,7 @@ from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice, Path, dotted
 from regrow.configs.yaml_lines import parse_value
 
-_NAME = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+_NAME = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^{}]*))?\}")
 _SECRET = re.compile(
     r"(token|key|secret|password|passwd|passphrase|credentials?)s?$", re.IGNORECASE
 )

@@ -6,10 +6,12 @@ A fact that is None is not known.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from regrow.configs.local_paths import expanded, is_file
 
 _MAX_BYTES = 1 << 25
 """A tokenizer.json has up to some 20 MB; more is something else."""
@@ -29,6 +31,10 @@ class ModelFacts:
     """How its weights are quantized in their files ("gptq", "fp8", ...); None: they are plain."""
     mixers: frozenset[str] = frozenset()
     """Kinds of its layers, where it names them."""
+    kind: str | None = None
+    """Its `model_type`, of the text model where it is one of several."""
+    odd: tuple[str, ...] = ()
+    """Entries that no model can have, such as "hidden_size: -1"."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts:
@@ -46,6 +52,8 @@ class ModelFacts:
             vocabulary=_whole(text, "vocab_size"),
             stored=str(method) if method else None,
             mixers=frozenset(map(str, [*mixers, *chunked])),
+            kind=_text(config, "model_type"),
+            odd=tuple(_odd(config, text)),
         )
 
 
@@ -57,15 +65,19 @@ class TokenizerFacts:
     """Whether it has a chat template of its own."""
     tokens: frozenset[str] | None = None
     """Texts of all its tokens."""
+    broken: bool = False
+    """Whether its tokenizer_config.json is there and cannot be read."""
 
     @classmethod
     def from_files(cls, directory: Path, with_tokens: bool) -> TokenizerFacts:
         """The facts in a directory; `with_tokens` reads the large tokenizer.json as well."""
-        settings = _json(directory / "tokenizer_config.json")
+        path = directory / "tokenizer_config.json"
+        settings = _json(path)
         own = any((directory / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
         template = own or (bool(settings.get("chat_template")) if settings is not None else None)
         found = _json(directory / "tokenizer.json") if with_tokens else None
-        return cls(template, _tokens(found) if found is not None else None)
+        broken = settings is None and is_file(path)
+        return cls(template, _tokens(found) if found is not None else None, broken)
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,13 @@ def facts_at_hand(
     """
     model = _directory(base_model, revision, environment)
     config = _json(model / "config.json") if model else None
+    if config is None and model is not None and is_file(model / "config.json"):
+        facts = ModelFacts(odd=("what is no JSON map",))
+    else:
+        facts = ModelFacts.from_config(config) if config is not None else None
     own = _directory(tokenizer, None, environment) if tokenizer else model
     return Facts(
-        ModelFacts.from_config(config) if config is not None else None,
+        facts,
         TokenizerFacts.from_files(own, with_tokens) if own else None,
     )
 
@@ -102,7 +118,7 @@ def _directory(name: str, revision: str | None, environment: Mapping[str, str]) 
     if "\0" in name:
         return None
     try:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_dir():
             return path
         if not environment or name.count("/") != 1:
@@ -112,21 +128,21 @@ def _directory(name: str, revision: str | None, environment: Mapping[str, str]) 
         commit = reference.read_text().strip() if reference.is_file() else revision or ""
         found = folder / "snapshots" / commit
         return found if commit and found.is_dir() else None
-    except (OSError, ValueError, RuntimeError):  # the last: a home of nobody
+    except (OSError, ValueError):
         return None
 
 
 def _hub_cache(environment: Mapping[str, str]) -> Path:
     """As huggingface_hub finds it."""
-    cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
-    return Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = expanded(environment.get("XDG_CACHE_HOME") or "~/.cache")
+    home = expanded(environment.get("HF_HOME") or cache / "huggingface")
+    return expanded(environment.get("HF_HUB_CACHE") or home / "hub")
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     """None where there is no such file, or none that can be read: whoever needs it will say so."""
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+        if not is_file(path) or path.stat().st_size > _MAX_BYTES:
             return None
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -143,8 +159,40 @@ def _tokens(found: Mapping[str, Any]) -> frozenset[str] | None:
         texts = list(vocabulary)
     else:
         return None
-    more = [each.get("content") for each in added or () if isinstance(each, Mapping)]
+    added = added if isinstance(added, list) else []
+    more = [each.get("content") for each in added if isinstance(each, Mapping)]
     return frozenset(text for text in (*texts, *more) if isinstance(text, str))
+
+
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(
+        (
+            *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "vocab_size", "max_position_embeddings"),
+        ),
+        1 << 31,
+    ),
+}
+"""Entries that are whole numbers above 0, and below what any model has; some architectures have
+lists for some of them, one number for each layer."""
+
+
+def _odd(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(config.get(name, {}), Mapping) and config[name] is not None:
+            yield f"{name}: {config[name]!r:.40}"
+    for name, limit in _SIZES.items():
+        value = text.get(name)
+        if value is None or isinstance(value, list):
+            continue
+        if isinstance(value, (bool, str, dict)) or not 0 < value < limit or value % 1:
+            yield f"{name}: {value!r:.40}"
+
+
+def _text(config: Mapping[str, Any], name: str) -> str | None:
+    value = config.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _whole(config: Mapping[str, Any], name: str) -> int | None:

@@ -18,8 +18,14 @@ def dotted(path: Path) -> str:
     """`path` as people write it: datasets[0].type."""
     text = ""
     for part in path:
+        part = part if isinstance(part, int) or part.isprintable() else ascii(part)
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
+
+
+def printable(text: str) -> str:
+    """`text` as any terminal or file takes it: half characters are written as their numbers."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Fault:
             place = ""
         where = ": ".join(part for part in (place, self._written()) if part)
         head = f"{where}: {self.why}" if where else self.why
-        return f"{head}. {self.remedy}" if self.remedy else head
+        return printable(f"{head}. {self.remedy}" if self.remedy else head)
 
     def _written(self) -> str:
         if not self.key:
@@ -93,11 +99,19 @@ class RecipeError(ValueError):
         self.notices = tuple(notices)
         self.source = source
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        lines = [f"{source} cannot run: {count}", *(f"  {fault}" for fault in faults)]
+        head = f"{printable(source)} cannot run: {count}"
+        lines = [head, *(f"  {fault}" for fault in faults)]
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.faults, self.source, self.notices)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no numbers of more than 4,300 digits
+        return "(a very long number)"
 
 
 def _brief(value: Any, key: str = "") -> str:
@@ -105,8 +119,9 @@ def _brief(value: Any, key: str = "") -> str:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, str):
-        text = value if value.strip() == value and value else repr(value)
+        plain = value.strip() == value and value and value.isprintable()
+        text = value if plain else repr(value)
     else:
-        text = repr(list(value) if isinstance(value, tuple) else value)
+        text = _shown(list(value) if isinstance(value, tuple) else value)
     text = hidden(key, " ".join(text.split()))
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

@@ -11,7 +11,8 @@ from regrow.configs.draft import Draft
 from regrow.configs.environment import fill_in_environment
 from regrow.configs.faults import Fault, RecipeError
 from regrow.configs.faults import Path as KeyPath
-from regrow.configs.local_paths import find_local_paths
+from regrow.configs.local_paths import expanded, find_local_paths
+from regrow.configs.plain_values import keep_plain_values
 from regrow.configs.yaml_lines import parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -30,7 +31,7 @@ def read_layers(path: Path, environment: Mapping[str, str]) -> tuple[Draft, str]
     Raises:
         RecipeError: when a file cannot be read as YAML at all.
     """
-    return _read(path.expanduser(), environment, ())
+    return _read(expanded(path), environment, ())
 
 
 def _read(path: Path, environment: Mapping[str, str], above: tuple[Path, ...]) -> tuple[Draft, str]:
@@ -40,6 +41,7 @@ def _read(path: Path, environment: Mapping[str, str], above: tuple[Path, ...]) -
         raise RecipeError(document.faults, str(path))
     draft = Draft(document.data, document.lines, faults=document.faults)
     fill_in_environment(draft, environment)
+    keep_plain_values(draft)
     names = _extended(draft)
     for name in reversed(names):
         base = _base(draft, path, name, environment, (*above, _absolute(path)))
@@ -62,7 +64,7 @@ def _extended(draft: Draft) -> list[str]:
 def _base(
     draft: Draft, path: Path, name: str, environment: Mapping[str, str], above: tuple[Path, ...]
 ) -> Draft | None:
-    place = _absolute(path.parent / Path(name).expanduser())
+    place = _absolute(path.parent / expanded(name))
     if place in above or len(above) > _MAX_DEPTH:
         deep = f"more than {_MAX_DEPTH} recipes deep"
         why = "it leads back to itself" if place in above else deep
@@ -95,14 +97,16 @@ def _joined(
 ) -> dict[str, Any]:
     """`own` over `below`; what `own` replaces with a list or map keeps no lines of `below`."""
     joined = dict(below)
+    replaced = set()
     for key, value in own.items():
-        here = (*path, key)
         if isinstance(value, dict) and isinstance(below.get(key), dict):
-            joined[key] = _joined(draft, base, here, below[key], value)
+            joined[key] = _joined(draft, base, (*path, key), below[key], value)
             continue
         joined[key] = value
-        for old in [p for p in base.lines if p[: len(here)] == here and p not in draft.lines]:
-            del base.lines[old]
+        replaced.add((*path, key))
+    size = len(path) + 1
+    for old in [p for p in base.lines if p[:size] in replaced and p not in draft.lines]:
+        del base.lines[old]
     return joined
 
 

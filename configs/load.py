@@ -15,8 +15,9 @@ from regrow.configs.draft import Draft
 from regrow.configs.facts import Facts, facts_at_hand
 from regrow.configs.faults import Fault, Notice, RecipeError
 from regrow.configs.layers import read_layers
-from regrow.configs.local_paths import find_local_paths
+from regrow.configs.local_paths import expanded, find_local_paths
 from regrow.configs.overrides import Overrides, apply_overrides
+from regrow.configs.plain_values import NestedTooDeeplyError, copied, keep_plain_values
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import rename
 from regrow.configs.secret_values import refuse_secrets
@@ -56,7 +57,7 @@ def load_recipe(
     Raises:
         RecipeError: with every reason why it cannot run.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     draft, text = read_layers(path, environment or {})
     recipe = _finish(draft, overrides, path.absolute().parent, str(path), environment or {})
     return Loaded(recipe, _grouped(draft.notices), text, path)
@@ -74,10 +75,9 @@ def parse_recipe(
         fault = Fault("", None, None, f"a recipe is a map of keys, not {type(data).__name__}")
         raise RecipeError([fault])
     try:
-        draft = Draft(_plain(data))
-    except RecursionError as error:
-        fault = Fault("", None, None, "the recipe is nested too deeply or contains itself")
-        raise RecipeError([fault]) from error
+        draft = Draft(copied(data))
+    except NestedTooDeeplyError as error:
+        raise RecipeError([Fault("", None, None, f"the recipe is {error}")]) from error
     text = _as_yaml(draft.data)
     where = Path(directory).absolute() if directory is not None else None
     recipe = _finish(draft, overrides, where, "recipe")
@@ -93,6 +93,7 @@ def _finish(
 ) -> Recipe:
     """Overrides, then the three phases; raises with all faults of all of them."""
     apply_overrides(draft, overrides)
+    keep_plain_values(draft)
     refuse_secrets(draft)
     rename(draft)
     if directory is not None:
@@ -118,19 +119,10 @@ def _facts(recipe: Recipe, environment: Mapping[str, str]) -> Facts:
     return facts_at_hand(*places, environment, with_tokens)
 
 
-def _plain(data: Any) -> Any:
-    """A copy of `data` with the lists and maps that YAML would give."""
-    if isinstance(data, Mapping):
-        return {key: _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    return data
-
-
 def _as_yaml(data: dict[str, Any]) -> str:
     try:
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError:  # something that is no YAML value; the check will name it
+    except (yaml.YAMLError, ValueError):  # what is no YAML value: the check will name it
         return ""
 
 

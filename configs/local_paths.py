@@ -50,7 +50,7 @@ def _resolve(draft: Draft, path: KeyPath, directory: Path) -> None:
     written = draft.value(path)
     if not isinstance(written, str) or not written or "://" in written or "\0" in written:
         return
-    local = Path(written).expanduser() if written.startswith("~/") else Path(written)
+    local = expanded(written) if written.startswith("~/") else Path(written)
     for place in (directory, Path.cwd()):
         candidate = place / local
         if _exists(candidate):
@@ -88,6 +88,19 @@ def _exists(candidate: Path) -> bool:
         return candidate.exists()
     except (OSError, ValueError):  # a name too long or malformed for this file system
         return False
+
+
+def is_file(candidate: Path) -> bool:
+    """Whether it is there, whatever its name is like."""
+    return _exists(candidate) and candidate.is_file()
+
+
+def expanded(name: str | Path) -> Path:
+    """`name` with a home directory for its `~`, where there is such a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of nobody on this machine
+        return Path(name)
 
 
 def is_one_file(path: str, data_files: tuple[str, ...] = ()) -> bool:

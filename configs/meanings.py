@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from regrow.configs.draft import Draft
+from regrow.configs.faults import Notice
 
 
 def read_meanings(draft: Draft) -> None:
@@ -44,21 +45,19 @@ def _packed_length(draft: Draft) -> None:
 
 
 def _expert_balance(draft: Draft) -> None:
-    """What published recipes mostly set in the model's configuration, with the reason why not."""
+    """What published recipes mostly set in the model's configuration."""
     for key in ("model_config", "overrides_of_model_config"):
         settings = draft.data.get(key)
         if not isinstance(settings, dict) or not settings or not settings.keys() <= _OF_ROUTERS:
             continue
-        value = draft.data.pop(key)
-        if value.get("output_router_logits"):
-            why = (
-                "the loss that balances a mixture's experts is not here yet (it depends on how a "
-                "batch is split over devices)"
-            )
-            path = (key, "output_router_logits")
-            draft.fault(path, why, "Remove it to train without", True)
+        if settings.get("output_router_logits"):
+            why = "the loss that balances experts has a key of its own here"
+            for name in list(settings):
+                draft.move((key, name), (name,), settings[name])
+                draft.notices.append(Notice("renamed", (f"{key}.{name}",), why, name))
         else:
-            draft.ignore(key, "without `output_router_logits` experts are not balanced anyway")
+            draft.ignore(key, "without `output_router_logits` experts are not balanced")
+        del draft.data[key]
 
 
 _OF_ROUTERS = {"output_router_logits", "router_aux_loss_coef"}

@@ -8,8 +8,12 @@ from typing import Any
 
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
+from regrow.configs.local_paths import expanded, is_file
+from regrow.configs.plain_values import keep_plain_values
 
 _SHIPPED = Path(__file__).parent / "deepspeed"
+_MAX_BYTES = 1 << 20
+"""DeepSpeed's published files have a kilobyte or two."""
 
 # Of FSDP1 only: FSDP2 does these by itself.
 _ONLY_FSDP1 = (
@@ -89,7 +93,7 @@ def _fsdp(draft: Draft) -> None:
     if config is None:
         config = data["fsdp_config"] = {}
     for name in [name for name in config if name.startswith("fsdp_")]:
-        draft.move(("fsdp_config", name), ("fsdp_config", name.removeprefix("fsdp_")), config[name])
+        _without_prefix(draft, config, name)
     _version(draft, config)
     if not isinstance(listed, (str, list, type(None))):
         draft.fault(("fsdp",), "expected a list", "Use `fsdp_config: {}`", listed)
@@ -107,15 +111,34 @@ def _fsdp(draft: Draft) -> None:
         config["transformer_layer_cls_to_wrap"] = [name.strip() for name in layers.split(",")]
 
 
+def _without_prefix(draft: Draft, config: dict[str, Any], name: str) -> None:
+    """Both spellings of an entry at once must agree."""
+    short = name.removeprefix("fsdp_")
+    if config.get(short, config[name]) != config[name]:
+        why = f"`fsdp_config.{short}` says otherwise"
+        draft.fault(("fsdp_config", name), why, f"Keep `{short}` only")
+        del config[name]
+        return
+    draft.move(("fsdp_config", name), ("fsdp_config", short), config[name])
+
+
 def _version(draft: Draft, config: dict[str, Any]) -> None:
     """Axolotl takes version 1 where none is given."""
-    inside = config.pop("version", None)
-    version = draft.data.get("fsdp_version", inside or 1)
-    if version in (1, "1"):
+    inside = _number(config.pop("version", None))
+    version = _number(draft.data.get("fsdp_version", inside or 1))
+    if inside is not None and inside != version:
+        why = f"`fsdp_config` says version {inside}"
+        draft.fault(("fsdp_version",), why, "Keep `fsdp_version: 2` only")
+    if version == 1 and not isinstance(version, bool):
         why = "FSDP version 1 is gone from the libraries; version 2 computes the same"
         draft.notices.append(Notice("set", ("fsdp_version",), why, 2))
         version = 2
-    draft.data["fsdp_version"] = int(version) if str(version).isdigit() else version
+    draft.data["fsdp_version"] = version
+
+
+def _number(version: Any) -> Any:
+    """1 and 2 may be written as text."""
+    return {"1": 1, "2": 2}.get(version, version) if isinstance(version, str) else version
 
 
 def _old_words(draft: Draft, config: dict[str, Any], words: list[Any]) -> None:
@@ -153,10 +176,10 @@ def _deepspeed(draft: Draft, directory: Path | None) -> None:
         return
     if not isinstance(given, str):
         return
-    places = [Path(given).expanduser()]
+    places = [expanded(given)]
     if directory is not None:
         places.insert(0, directory / given)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if is_file(place)), None)
     if path is None and Path(given).name in shipped_deepspeed():
         path = _SHIPPED / Path(given).name
         why = f"{path.name} comes with Regrow"
@@ -167,7 +190,11 @@ def _deepspeed(draft: Draft, directory: Path | None) -> None:
         del draft.data["deepspeed"]
         return
     try:
-        draft.data["deepspeed"] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("it is larger than a megabyte")
+        draft.data["deepspeed"] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         draft.fault(("deepspeed",), f"{path} cannot be read as JSON: {error}", "Correct it")
         del draft.data["deepspeed"]
+        return
+    keep_plain_values(draft)  # JSON readers take NaN, too

@@ -115,6 +115,9 @@ def keys_of_the_best_model(recipe: Recipe, given: frozenset[str]) -> Iterator[Un
     if recipe.save_strategy == "no":
         for key in said(recipe, given, "save_total_limit"):
             yield key, "`save_strategy: no` keeps no checkpoint"
+    if not recipe.output_router_logits:
+        for key in said(recipe, given, "router_aux_loss_coef"):
+            yield key, "`output_router_logits` is off"
     if recipe.loss_watchdog_threshold is None:
         for key in said(recipe, given, "loss_watchdog_patience"):
             yield key, "`loss_watchdog_threshold` is not given"

@@ -66,6 +66,7 @@ _IGNORED = {
         sdpa_varlen gemma4_hybrid_attn_impl flex_attn_compile_kwargs tiled_mlp
         tiled_mlp_num_shards tiled_mlp_use_original_mlp dsv4_fp8_lora_kernel
         dsv4_shared_mlp_lora_kernel""",
+    "restarts merge nothing: what was learnt stays beside the base": "relora_cpu_offload",
     "a run resumes by itself where it stopped": """
         resume_from_checkpoint auto_resume_from_checkpoints save_only_model save_first_step
         dynamic_checkpoint""",
@@ -76,6 +77,8 @@ _IGNORED = {
     "FSDP divides experts as it does all weights": """
         expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
         expert_parallel_token_capacity expert_parallel_fallback_on_unsupported""",
+    "keys and values are gathered at once: every such way gives the same result": """
+        heads_k_stride ring_attn_func""",
     "Regrow places a run on its devices itself": """
         device device_map world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb
         ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config ray_run_name
@@ -149,10 +152,6 @@ _REFUSED: dict[tuple[str, str], str] = {
     (_NOT_YET.format("quantization-aware training or quantizing afterwards"), "Remove it"): """
         qat quantization llmcompressor""",
     (_NOT_YET.format("fp8 training"), "Use `bf16: true`"): "fp8 fp8_enable_fsdp_float8_all_gather",
-    (
-        "torch's ring attention takes no packed examples: a token would see other examples",
-        "Remove it: use `fsdp_config` or `gradient_checkpointing` to save memory",
-    ): "context_parallel_size heads_k_stride ring_attn_func",
     (_NOT_YET.format("keeping norms in float32 under FSDP"), "Remove it"): """
         fp32_norms fp32_norm_classes""",
     (_NOT_YET.format("this choice of trained weights"), "Use `unfrozen_parameters`"): """
@@ -161,12 +160,9 @@ _REFUSED: dict[tuple[str, str], str] = {
     (_NOT_YET.format("this kind of adapter"), "Use plain LoRA"): """
         peft_layer_replication mora""",
     (
-        "its restarts change the base model, which a checkpoint of an adapter does not hold, so "
-        "that a run could not be resumed exactly",
-        "Use a higher `lora_r`, or `jagged_restart_steps` alone",
-    ): """
-        relora relora_prune_ratio relora_prune_method relora_cpu_offload relora_steps
-        relora_warmup_steps relora_anneal_steps""",
+        "ReLoRA restarts with the learning rate",
+        "Use `relora: true` with jagged_restart_steps, _warmup_steps and _anneal_steps",
+    ): "relora_steps relora_warmup_steps relora_anneal_steps",
     (_NOT_YET.format("this optimizer or learning rate"), "See `optimizer` and `lr_scheduler`"): """
         dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of qgalore_rank
         qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant
@@ -228,6 +224,10 @@ READ_OTHERWISE: dict[str, str] = {
     "max_packed_sequence_len": "read as `sample_packing` with `sequence_len`",
     "eta_min": "read as `cosine_min_lr_ratio`",
     "fsdp": "a list such as [full_shard, auto_wrap], read as `fsdp_config`",
+    **dict.fromkeys(
+        ("model_config", "overrides_of_model_config"),
+        "{output_router_logits, router_aux_loss_coef} are keys here; others are refused",
+    ),
     "use_ray": "read as `launcher: ray`",
     "tensor_parallel_size": "read as `fsdp_config`, with as many more shards",
     "expert_parallel_size": "read as `fsdp_config`, with as many more shards",
@@ -281,9 +281,7 @@ REFUSED_VALUES: dict[str, dict[str, Refused]] = {
 }
 """Values of fields that Axolotl knows and Regrow does not do."""
 
-OFF: dict[str, tuple[Any, ...]] = {
-    "context_parallel_size": (1,),
-}
+OFF: dict[str, tuple[Any, ...]] = {}
 """Further values at which a refused key asks for nothing."""
 
 PLUGINS: dict[str, Word] = {

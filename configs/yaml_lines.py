@@ -14,6 +14,10 @@ _MAX_VALUES = 20_000
 """Values in a recipe with its aliases opened; published ones have about 100. Guards against aliases
 that multiply."""
 
+_MAX_DEPTH = 40
+"""Maps and lists inside one another; published recipes have 6. PyYAML's C binding follows them on
+the stack of the process, without a limit of its own, and ends the process on a long `[[[[...`."""
+
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "merge", "value")
@@ -96,8 +100,31 @@ def parse_value(text: str) -> Any:
         loader.dispose()
 
 
-class _TooManyValues(yaml.YAMLError):
+class _TooMuch(yaml.YAMLError):
     pass
+
+
+def _measure(text: str) -> None:
+    """Stop before nodes are made of what is too deep or too large for a recipe.
+
+    Raises:
+        yaml.YAMLError: when it is, or is no YAML.
+    """
+    loader = _Loader(text)
+    depth = nodes = 0
+    try:
+        while loader.check_event():
+            event = loader.get_event()
+            nodes += isinstance(event, yaml.NodeEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                line = event.start_mark.line + 1
+                raise _TooMuch(f"line {line} is nested more than {_MAX_DEPTH} deep")
+            if nodes > 2 * _MAX_VALUES:  # keys are nodes, too
+                raise _TooMuch(f"the recipe holds more than {_MAX_VALUES} values")
+    finally:
+        loader.dispose()
 
 
 class _Reader:
@@ -114,6 +141,7 @@ class _Reader:
         self.document.faults.append(Fault("", None, line, why, remedy))
 
     def read(self, text: str) -> None:
+        _measure(text)
         self._loader = _Loader(text)
         try:
             root = self._loader.get_single_node()
@@ -129,7 +157,7 @@ class _Reader:
     def _value(self, node: Any, path: Path) -> Any:
         self._count += 1
         if self._count > _MAX_VALUES:
-            raise _TooManyValues(f"the recipe holds more than {_MAX_VALUES} values")
+            raise _TooMuch(f"the recipe holds more than {_MAX_VALUES} values")
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
             return self._checked_scalar(node, path)

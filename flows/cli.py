@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from regrow.configs.faults import RecipeError
+from regrow.flows.interruption import remembered
 from regrow.flows.progress import say
 from regrow.infra.secrets import mask_secrets
 
@@ -223,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return command.run(args, rest)
+        with remembered():
+            return command.run(args, rest)
     except RecipeError as error:
         say(str(error), sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from regrow.flows.interruption import look
 from regrow.infra.secrets import mask_secrets
 
 _EVERY_SECONDS = 2.0  # often enough to see life, seldom enough to keep a log readable
@@ -48,12 +49,14 @@ class LineReporter:
         self._unit, self._begin, self._last = "", 0.0, 0.0
 
     def log(self, message: str) -> None:
-        """One line for people."""
+        """One line for people; here and in `progress`, a signal that was swallowed comes again."""
+        look()
         for line in message.splitlines():
             self._emit(f"[{self._title}] {line}")
 
     def progress(self, done: float, total: float | None, unit: str, note: str = "") -> None:
         """Print at most every two seconds, and always at the end."""
+        look()
         if self._listener is not None:
             self._listener(done, total, unit, note)
         now = time.monotonic()

@@ -14,6 +14,7 @@ from prefect.states import Completed, Failed
 from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.flows import run_page
+from regrow.flows.interruption import remembered
 from regrow.flows.progress import say
 from regrow.flows.session import Origin, Session
 from regrow.flows.stage_task import StageFailed, StagePreempted, StageRunner
@@ -55,6 +56,8 @@ class FlowRun:
         )
         self._run_stage = StageRunner(self._session)
         self._pauses = PauseWatch()
+        self._signals = remembered()
+        self._signals.__enter__()
         return self
 
     def __call__(self, stage: Stage) -> Outcome:
@@ -68,6 +71,7 @@ class FlowRun:
         trace: TracebackType | None,
     ) -> bool:
         self._pauses.stop()
+        self._signals.__exit__(None, None, None)
         status = _mlflow_status(error)
         self._session.close(status)
         run_page.show_summary(self._session, self._workplace, status)

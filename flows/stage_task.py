@@ -9,6 +9,7 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
 from regrow.flows.gpu_slots import gpus_of
+from regrow.flows.interruption import look
 from regrow.flows.session import Session
 from regrow.flows.stopping import PREEMPTED
 from regrow.infra.secrets import mask_secrets, without_secrets
@@ -54,6 +55,7 @@ class StageRunner:
 
     def __call__(self, stage: Stage) -> Outcome:
         """The stage's outcome. Raises StageFailed, or what a bug of ours raised."""
+        look()  # a signal that came between two stages, or before the first
         # `quote` keeps Prefect from looking for futures inside our objects.
         state = _run_stage.with_options(task_run_name=stage.title)(
             quote(self._session),

@@ -10,8 +10,8 @@ from regrow.flows.commands import explains
 from regrow.flows.progress import say
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactDamaged
-from regrow.infra.housekeeping import Holding, holdings, reached, unneeded
-from regrow.infra.lease import Lease
+from regrow.infra.collection import Collection
+from regrow.infra.housekeeping import Holding, holdings, inputs_in, reached
 from regrow.infra.pins import pin, pinned, unpin
 from regrow.infra.settings import load_settings
 from regrow.tasks.headline import headline_of
@@ -71,9 +71,10 @@ def _verify(args: argparse.Namespace, place: Workplace) -> int:
 
 def _gc(args: argparse.Namespace, place: Workplace) -> int:
     pins = pinned(place.artifacts.store)
-    busy = _busy(place)
-    found = unneeded(place.artifacts, pins, busy, timedelta(hours=args.min_age))
-    kept = len(reached(place.artifacts, list(pins.values())))
+    age, seconds = timedelta(hours=args.min_age), place.settings.lease_seconds
+    collection = Collection(place.artifacts, age, seconds)
+    found = collection.unneeded()
+    kept = len(reached(inputs_in(place.artifacts), pins.values()))
     if not pins:
         say("Nothing is pinned: see `regrow store pin`.")
     say(show.table([_HEAD, *(_row(holding, "") for holding in found)]))
@@ -82,18 +83,11 @@ def _gc(args: argparse.Namespace, place: Workplace) -> int:
         say(f"\n{len(found)} artifacts, {total}, could go; {kept} are reached from pins.")
         say("Nothing was removed. `regrow store gc --delete` removes them.")
         return 0
-    for holding in found:
-        place.artifacts.remove(holding.key)
-    say(f"\nremoved {len(found)} artifacts, {total}")
+    removed = [holding for holding in found if collection.remove(holding)]
+    say(f"\nremoved {len(removed)} artifacts, {_size(sum(h.size for h in removed))}")
+    if len(removed) < len(found):
+        say(f"{len(found) - len(removed)} stay: somebody has begun to use them meanwhile.")
     return 0
-
-
-def _busy(place: Workplace) -> list[str]:
-    """Stages that are being built, and what they are built from."""
-    names = place.artifacts.store.folders("leases/stages")
-    leases = {f"stages/{n}": Lease(place.artifacts.store, f"stages/{n}", 0) for n in names}
-    held = {key: lease for key, lease in leases.items() if lease.holder()}
-    return [*held, *(key for lease in held.values() for key in lease.needs())]
 
 
 def _pin(args: argparse.Namespace, place: Workplace) -> int:
@@ -102,7 +96,7 @@ def _pin(args: argparse.Namespace, place: Workplace) -> int:
     if "/" in name or not name.strip():
         raise StageError(f"--name: {name!r} cannot be a file's name; use letters, digits, - and _")
     pin(place.artifacts.store, name, record.key)
-    count = len(reached(place.artifacts, [record.key]))
+    count = len(reached(inputs_in(place.artifacts), [record.key]))
     say(f"pinned {_short(record.key)} as {name}: it and the {count - 1} artifacts below it stay")
     return 0
 

@@ -33,7 +33,8 @@ from regrow.infra.store import Store, StoreError
 SCHEMA = 1
 """Version of the record's own form; a reader refuses records of a later one."""
 
-_RECORD = "record.json"
+RECORD = "record.json"
+"""Below a key: written last, and the first to go."""
 _DOWNLOADS = 3  # of a file whose bytes arrive wrong, before the store's own bytes are blamed
 
 
@@ -137,13 +138,13 @@ class ArtifactStore:
     def lookup(self, key: str) -> Record | None:
         """The record of a complete artifact, or None. The bytes are not looked at."""
         try:
-            record = Record.from_json(self.store.read_bytes(f"{key}/{_RECORD}"))
+            record = Record.from_json(self.store.read_bytes(f"{key}/{RECORD}"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, IsADirectoryError) as error:
-            raise ArtifactDamaged(key, _RECORD, str(error)) from error
+            raise ArtifactDamaged(key, RECORD, str(error)) from error
         if record.key != key:
-            raise ArtifactDamaged(key, _RECORD, f"it is the record of {record.key}")
+            raise ArtifactDamaged(key, RECORD, f"it is the record of {record.key}")
         return record
 
     def check(self, record: Record) -> None:
@@ -295,7 +296,7 @@ class ArtifactStore:
         """Make what was uploaded a complete artifact; see `publish`.
 
         Raises:
-            StoreError: when the store has not got all of it.
+            StoreError: when the store has not got all of it, nor a whole one of another builder.
         """
         record = Record(
             key=key,
@@ -311,6 +312,11 @@ class ArtifactStore:
         try:
             self._check_sizes(record)
         except ArtifactDamaged as damage:
+            # Who was first may have taken our unfinished attempt for a dead builder's.
+            winner = self._whole(key)
+            if winner is not None and winner.attempt != attempt:
+                self.store.remove(f"{key}/{attempt}")
+                return winner
             why = f"{damage.file}: {damage.why}"
             raise StoreError(
                 f"{self.store.url}: what was uploaded is not all there ({why}); run again"
@@ -319,28 +325,38 @@ class ArtifactStore:
 
     def _settle(self, record: Record) -> Record:
         """Create the record, or yield to the one that is there and whole."""
-        name, data = f"{record.key}/{_RECORD}", record.to_json().encode()
+        name, data = f"{record.key}/{RECORD}", record.to_json().encode()
         if not self.store.create(name, data):
-            try:
-                winner = self.lookup(record.key)
-                if winner is not None and winner.attempt != record.attempt:
-                    self.check(winner)
-                    self.store.remove(f"{record.key}/{record.attempt}")
-                    return winner
-            except ArtifactDamaged:
-                pass  # what is there cannot be used: ours takes its place
-            self.store.write_bytes(name, data)
+            winner = self._whole(record.key)
+            if winner is not None and winner.attempt != record.attempt:
+                self.store.remove(f"{record.key}/{record.attempt}")
+                return winner
+            self.store.write_bytes(name, data)  # what is there cannot be used: ours takes its place
+        return record
+
+    def _whole(self, key: str) -> Record | None:
+        """The record of a complete and undamaged artifact, or None."""
+        try:
+            record = self.lookup(key)
+            if record is not None:
+                self.check(record)
+        except ArtifactDamaged:
+            return None
         return record
 
     def remove_other_attempts(self, record: Record) -> None:
-        """Remove what killed builders of this key left. Only for who knows that none is at work."""
+        """Remove what killed builders of this key left.
+
+        Only for who holds the key's lease. One whose attempt goes all the same, since it was
+        silent and is not dead, gets the winner's record from `seal`.
+        """
         for folder in self.store.folders(record.key):
             if folder.startswith("attempt-") and folder != record.attempt:
                 self.store.remove(f"{record.key}/{folder}")
 
     def remove(self, key: str) -> None:
         """Remove an artifact: the record first, so that no reader sees a part of it."""
-        self.store.remove(f"{key}/{_RECORD}")
+        self.store.remove(f"{key}/{RECORD}")
         self.store.remove(key)
 
     def children(self, prefix: str) -> list[str]:

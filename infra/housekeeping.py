@@ -1,93 +1,136 @@
-"""What a store holds, what of it is pinned, and what no pinned artifact needs any more."""
+"""What a store holds, and what of it no pinned artifact needs any more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
-from regrow.infra.store import StoreError
+from regrow.infra.store import Entry, StoreError
 
-_FAMILIES = ("stages", "units", "checkpoints")
+UNITS = "units"
+"""What a lease's holder needs that uses units, whichever."""
+
+_FAMILIES = ("stages", UNITS, "checkpoints")
 """Folders of a store below which artifacts lie; checkpoints one level deeper."""
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+Inputs = Callable[[str], Collection[str]]
+"""The keys that an artifact was made from; none where it is not there."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """One artifact, complete or not, as it lies in the store."""
+    """One artifact, complete or not, as it lies in the store; or an attempt beside a complete one."""
 
     key: str
     record: Record | None
     """None: unfinished, or damaged."""
-    size: int
-    """Bytes that it takes, leftovers of killed builders included."""
+    files: dict[str, Entry]
+    """What lies there, leftovers of killed builders included, by name below the key."""
     damage: str = ""
+    attempt: str = ""
+    """Not the artifact, which is complete, but this attempt of a killed builder beside it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def changed(self) -> datetime:
+        """When something of it was last written."""
+        return max((entry.changed for entry in self.files.values()), default=_NEVER)
+
+    @property
+    def stage(self) -> str:
+        """The key of the stage whose lease rules over it; "" for a unit, which has none."""
+        family, _, rest = self.key.partition("/")
+        return "" if family == UNITS else f"stages/{rest.partition('/')[0]}"
+
+    @property
+    def leftovers(self) -> list[Holding]:
+        """The attempts of killed builders beside a complete artifact, or builders still at work."""
+        if self.record is None or self.attempt:
+            return []
+        names = {name.partition("/")[0] for name in self.files}
+        others = sorted(n for n in names if n.startswith("attempt-") and n != self.record.attempt)
+        return [self._only(attempt) for attempt in others]
+
+    def _only(self, attempt: str) -> Holding:
+        files = {n: entry for n, entry in self.files.items() if n.startswith(f"{attempt}/")}
+        return Holding(self.key, None, files, "left by a killed builder", attempt)
 
 
-def holdings(artifacts: ArtifactStore, families: Sequence[str] = _FAMILIES) -> Iterator[Holding]:
+def holdings(artifacts: ArtifactStore, families: Iterable[str] = _FAMILIES) -> Iterator[Holding]:
     """All artifacts of some families, by key."""
     for family in families:
         for key in artifacts.children(family):
             inner = artifacts.children(key) if family == "checkpoints" else [key]
             for each in inner:
-                yield _holding(artifacts, each)
+                yield holding(artifacts, each)
 
 
-def _holding(artifacts: ArtifactStore, key: str) -> Holding:
-    size = sum(artifacts.store.sizes(key).values())
+def holding(artifacts: ArtifactStore, key: str) -> Holding:
+    """What lies below one key now."""
+    files = artifacts.store.entries(key)
     try:
-        return Holding(key, artifacts.lookup(key), size)
+        return Holding(key, artifacts.lookup(key), files)
     except ArtifactDamaged as damage:
-        return Holding(key, None, size, f"{damage.file}: {damage.why}")
+        return Holding(key, None, files, f"{damage.file}: {damage.why}")
 
 
-def reached(artifacts: ArtifactStore, keys: Sequence[str]) -> set[str]:
+def inputs_in(artifacts: ArtifactStore) -> Inputs:
+    """Gives the inputs of artifacts; a record is read once, since its key decides its inputs."""
+    known: dict[str, list[str]] = {}
+
+    def inputs(key: str) -> list[str]:
+        if key not in known:
+            record = _readable(artifacts, key)
+            if record is None:
+                return []
+            folder = key.rpartition("/")[0]
+            known[key] = [f"{folder}/{name}" for name in record.inputs.values()]
+        return known[key]
+
+    return inputs
+
+
+def _readable(artifacts: ArtifactStore, key: str) -> Record | None:
+    try:
+        return artifacts.lookup(key)
+    except ArtifactDamaged as damage:
+        raise StoreError(
+            f"{key} must stay, but its record cannot be read ({damage.why}), so what it was "
+            "made from is not known. Build it again or unpin it first"
+        ) from damage
+
+
+def reached(inputs: Inputs, keys: Iterable[str]) -> set[str]:
     """The keys themselves and those of all artifacts that they were made from."""
     found: set[str] = set()
     waiting = list(keys)
     while waiting:
         key = waiting.pop()
-        if key in found:
-            continue
-        found.add(key)
-        try:
-            record = artifacts.lookup(key)
-        except ArtifactDamaged as damage:
-            raise StoreError(
-                f"{key} must stay, but its record cannot be read ({damage.why}), so what it was "
-                "made from is not known. Build it again or unpin it first"
-            ) from damage
-        folder = key.rpartition("/")[0]
-        waiting += [f"{folder}/{name}" for name in (record.inputs.values() if record else ())]
+        if key not in found:
+            found.add(key)
+            waiting += inputs(key)
     return found
 
 
-def unneeded(
-    artifacts: ArtifactStore,
-    pinned: Mapping[str, str],
-    busy: Sequence[str],
-    min_age: timedelta,
-    now: datetime | None = None,
-) -> list[Holding]:
-    """What may go: reached from no pin, older than `min_age`, and not being built.
+def stays(found: Holding, kept: Collection[str], busy: Collection[str], before: datetime) -> bool:
+    """Whether a holding must stay.
 
     Args:
-        pinned: {name: key}, see `pins.pinned`.
-        busy: keys that are leased now; they and what they are made from stay.
-        min_age: younger artifacts stay, since a run may be about to use them.
+        kept: what pins and builders reach.
+        busy: what is being built or read now (`UNITS`: units are).
+        before: what was made, or last written, after this stays.
     """
-    kept = reached(artifacts, [*pinned.values(), *busy])
-    before = (now or datetime.now(UTC)) - min_age
-    return [h for h in holdings(artifacts) if not _stays(h, kept, before)]
-
-
-def _stays(holding: Holding, kept: set[str], before: datetime) -> bool:
-    family, _, rest = holding.key.partition("/")
-    stage = f"stages/{rest.partition('/')[0]}" if family == "checkpoints" else holding.key
-    if stage in kept:
+    if (found.stage or UNITS) in busy:
         return True
-    if holding.record is None:
-        # Unfinished, so somebody may be at it: a stage's lease says who is, a unit has none.
-        return family != "stages" and not holding.damage
-    return datetime.fromisoformat(holding.record.created) > before
+    if not found.attempt and found.stage in kept:
+        return True
+    made = datetime.fromisoformat(found.record.created) if found.record else found.changed
+    return made > before

@@ -3,10 +3,12 @@
 `leases/<key>/<number>.json` is created exclusively; the highest number holds the lease and rewrites
 its file at every heartbeat. A waiter that sees a heartbeat stand still for the lease's time (by its
 own clock, so clocks need not agree), or a holder of its own machine whose process is gone, takes
-over by creating the next number. Who finds a higher number than its own has lost the lease.
+over by creating the next number. Who finds a higher number than its own, or another's words under
+its own, has lost the lease.
 
-On a store without conditional writes two builders can believe in one number: both then build, and
-`artifacts.publish` keeps one result. A lease saves work; correctness never rests on it.
+On a store without conditional writes two builders can believe in one number until the first
+heartbeat: both then build, and `artifacts.publish` keeps one result. A lease saves work;
+correctness never rests on it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +65,14 @@ def _is_dead(owner: dict[str, Any]) -> bool:
         return True
 
 
+def _silence(data: dict[str, Any]) -> float:
+    """Seconds since the heartbeat, by two clocks; 0 where it says no time."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(data["at"])).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
 @dataclass
 class _Sighting:
     name: str
@@ -75,7 +86,7 @@ class Lease:
     Args:
         store: where artifacts are.
         key: the artifact's key.
-        seconds: how long a silent holder keeps the lease.
+        seconds: how long a silent holder keeps the lease; a holder that says its own, that long.
         needs: keys of the artifacts that it builds from, which must not be removed meanwhile.
     """
 
@@ -87,6 +98,7 @@ class Lease:
         self._beats = 0
         self._lost = False
         self._seen: _Sighting | None = None
+        self._writing = threading.Lock()  # so that no older heartbeat lands on a newer word
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -107,19 +119,47 @@ class Lease:
         return True
 
     def holder(self) -> str | None:
-        """Who builds now, for people: "host, process 123"; None when nobody does."""
+        """Who builds now, for people: "host, process 123"; None when nobody does.
+
+        One that has been silent for longer than its time is named with that: it may be gone.
+        """
         newest = self._newest()
         if newest is None or newest[1].get("released"):
             return None
         owner = newest[1].get("owner", {})
         if _is_dead(owner):
             return None
-        return f"{owner.get('host')}, process {owner.get('pid')}"
+        silent = _silence(newest[1])
+        # Two clocks may differ a little; more than a heartbeat late is worth a word.
+        late = silent > 2 * self._seconds_of(newest[1])
+        told = f", silent for {silent:,.0f} s" if late else ""
+        return f"{owner.get('host')}, process {owner.get('pid')}{told}"
 
-    def needs(self) -> list[str]:
-        """Keys that the present holder builds from."""
+    def needs(self) -> list[str] | None:
+        """What the present holder builds from; None when nobody holds the lease.
+
+        Asked again and again, as `try_acquire`, it also knows a holder that has fallen silent.
+        """
         newest = self._newest()
-        return list(newest[1].get("needs", ())) if newest is not None else []
+        if newest is None or self._is_free(*newest):
+            return None
+        return list(newest[1].get("needs", ()))
+
+    def silent_for(self) -> float:
+        """Seconds for which `needs` and `try_acquire` have seen the same heartbeat."""
+        return time.monotonic() - self._seen.since if self._seen is not None else 0.0
+
+    def need(self, name: str) -> None:
+        """Let it be known, before this returns, that the holder uses something else too."""
+        if name in self._needs:
+            return
+        self._needs.append(name)
+        if self._number is not None:
+            self._write()
+
+    def is_ours(self) -> bool:
+        """Whether the lease is still this one's, by what the store says now."""
+        return self._number is not None and not self._lost and self._still_ours()
 
     def check(self) -> None:
         """Raises LeaseLost when another builder has taken over."""
@@ -131,10 +171,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back; safe to call twice."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._stop_beating()
         if self._number is not None and not self._lost:
             try:
                 self._store.write_bytes(self._name(self._number), self._content(released=True))
@@ -142,6 +179,21 @@ class Lease:
                 # What was built is published; others wait out the lease's time, no more.
                 _LOG.warning("%s: not given back: %s", self._folder, error)
         self._number = None
+
+    def forget(self) -> None:
+        """Give the lease back and leave nothing of it, for a key that is no more."""
+        self._stop_beating()
+        if self._number is not None and not self._lost:
+            for name in sorted(self._store.sizes(self._folder)):  # the holder's, the last, last
+                self._store.remove(f"{self._folder}/{name}")
+            self._store.prune(self._folder)
+        self._number = None
+
+    def _stop_beating(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def __enter__(self) -> Lease:
         return self
@@ -164,8 +216,15 @@ class Lease:
             "beat": f"{self._token}-{self._beats}",
             "released": released,
             "needs": self._needs,
+            "seconds": self._seconds,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return json.dumps(data).encode()
+
+    def _write(self) -> None:
+        assert self._number is not None
+        with self._writing:
+            self._store.write_bytes(self._name(self._number), self._content())
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
         try:
@@ -190,7 +249,19 @@ class Lease:
         name, beat, now = self._name(number), str(data.get("beat")), time.monotonic()
         if self._seen is None or (self._seen.name, self._seen.beat) != (name, beat):
             self._seen = _Sighting(name, beat, now)
-        return now - self._seen.since > self._seconds
+        return now - self._seen.since > self._seconds_of(data)
+
+    def _seconds_of(self, data: dict[str, Any]) -> float:
+        """How long that holder keeps the lease without a heartbeat."""
+        said = data.get("seconds")
+        return float(said) if isinstance(said, (int, float)) else self._seconds
+
+    def _still_ours(self) -> bool:
+        newest = self._newest()
+        return newest is not None and (newest[0], newest[1].get("token")) == (
+            self._number,
+            self._token,
+        )
 
     def _forget_before(self, number: int) -> None:
         # The last one stays for a moment: a slow holder must find a higher number, not a gap.
@@ -202,13 +273,11 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(self._seconds / _BEATS_PER_LEASE):
             try:
-                newest = self._newest()
-                if newest is not None and newest[0] > (self._number or 0):
+                if not self._still_ours():
                     self._lost = True
                     return
                 self._beats += 1
-                assert self._number is not None
-                self._store.write_bytes(self._name(self._number), self._content())
+                self._write()
             except (OSError, StoreError) as error:
                 # The next beat may get through; if none does, a higher number will tell us.
                 _LOG.warning("%s: no heartbeat: %s", self._folder, error)

@@ -29,11 +29,17 @@ _PASSING_CODES = {
     *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"),
     *("TooManyRequests", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody"),
     *("BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload", "BadGateway", "GatewayTimeout"),
+    # As other servers and gateways call the same: MinIO, Azure, Ceph, Amazon's newer endpoints.
+    *("SlowDownRead", "SlowDownWrite", "XMinioServerNotInitialized", "ServerNotInitialized"),
+    *("ServerBusy", "OperationTimedOut", "RateLimitExceeded", "ThrottlingException"),
+    *("RequestLimitExceeded", "BandwidthLimitExceeded", "RequestThrottled", "ClientDisconnected"),
     *("409", "429", "500", "502", "503", "504"),
 }
 # Of botocore, aiohttp, fsspec and azure-core: connections that break, and answers cut short.
 _PASSING_CLASSES = {
     *("HTTPClientError", "EndpointConnectionError", "ResponseParserError", "FSTimeoutError"),
+    # The last is the class above botocore's connect time-out and proxy errors, and requests' own.
+    *("ConnectTimeoutError", "ProxyConnectionError", "ConnectionError", "NoValidConnectionsError"),
     *("ClientPayloadError", "ClientConnectionError", "IncompleteReadError", "IncompleteRead"),
     *("ServiceRequestError", "ServiceResponseError", "IncompleteTransfer"),
 }
@@ -68,6 +74,7 @@ _ADVICE_OF_CLASS = {
     "ProfileNotFound": "AWS_PROFILE names a profile that does not exist",
     "EndpointConnectionError": "nothing answers there; check the network and AWS_ENDPOINT_URL",
     "ClientAuthenticationError": "the credentials are refused; check them",
+    "SSLError": "no secure connection; check the certificate and AWS_CA_BUNDLE",
 }
 
 
@@ -107,8 +114,10 @@ def is_passing(error: BaseException) -> bool:
     code = error_code(error)
     if code is not None:
         return code in _PASSING_CODES
-    if isinstance(error, (TimeoutError, ConnectionError)) or _classes(error) & _PASSING_CLASSES:
+    if any(_classes(each) & _PASSING_CLASSES for each in _chain(error)):
         return True
+    if isinstance(error, (TimeoutError, ConnectionError, EOFError)):
+        return True  # the last: what paramiko says of a connection that the server closed
     status = getattr(error, "status_code", None) or getattr(error, "code", None)
     if str(status) in _PASSING_CODES:
         return True

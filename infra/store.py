@@ -7,18 +7,24 @@ listing hides what another writer has made since: measured, shared reference pla
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
+from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from regrow.infra.remote import TRIES, IncompleteTransfer, StoreError, error_code, patiently
+from regrow.infra.patient_file import PatientFile, read_range
+from regrow.infra.remote import TRIES, StoreError, error_code, patiently
 from regrow.infra.settings import s3_endpoint
 
 T = TypeVar("T")
@@ -31,6 +37,16 @@ _TRANSFERS = 8
 # beyond).
 _PART = 16 << 20
 _PARTS_AT_ONCE = 4
+# Bytes that reading a file from its beginning fetches at a time: at 50 ms an answer, 160 MB/s.
+_BLOCK = 8 << 20
+
+# What has no folders: there a name is written whole, so that no reader sees half of it. Everywhere
+# else it is written beside and renamed.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"}
+# Servers that may know neither a file's size nor how to give a part of it.
+_STREAMS = {"http", "https"}
+# How file systems call the time of a file's last change.
+_CHANGED = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 _EXTRA_OF_PROTOCOL = {
     "s3": "s3",
@@ -98,26 +114,29 @@ def _found(fs: Any, path: str) -> list[str]:
     return [path] if fs.exists(path) else []
 
 
-def open_url(url: str, mode: str = "rb") -> IO[Any]:
-    """Open a file on any file system; a `.gz`, `.bz2` or `.xz` ending is decompressed."""
-    fs, _ = _file_system(url)
-    options = {} if _is_local(fs) else _options(url.split("://", 1)[0])
-    path = url.split("?", 1)[0] if is_url(url) else url
-    opened = fsspec.open(url, mode, compression=infer_compression(path), **options)
-    return _asked(fs, url, lambda: cast(IO[Any], cast(fsspec.core.OpenFile, opened).open()))
+def open_url(url: str) -> IO[bytes]:
+    """Open a file on any file system for reading; a `.gz`, `.bz2` or `.xz` ending is decompressed.
+
+    Of a remote file every request is made again after faults that pass.
+    """
+    raw = open_raw(url)
+    compression = infer_compression(url.split("?", 1)[0] if is_url(url) else url)
+    return cast(IO[bytes], compr[compression](raw, mode="rb")) if compression else raw
 
 
 def open_raw(url: str) -> IO[bytes]:
-    """Open a file on any file system for reading its bytes as they are."""
-    fs, path = _file_system(url)
-    return _asked(fs, url, lambda: fs.open(path, "rb"))
+    """Open a file on any file system for reading its bytes as they are, likewise."""
+    raw = open_ranges(url)
+    return io.BufferedReader(raw, _BLOCK) if isinstance(raw, PatientFile) else raw
 
 
 def open_ranges(url: str) -> IO[bytes]:
     """Open a file on any file system for reading ranges of it: just those, nothing ahead."""
     fs, path = _file_system(url)
-    # Readers that know what they want ask for all of it; by default fsspec fetches 5 MB each time.
-    return _asked(fs, url, lambda: fs.open(path, "rb", cache_type="none"))
+    if _is_local(fs) or url.split("://", 1)[0] in _STREAMS:
+        return _asked(fs, url, lambda: fs.open(path, "rb"))
+    size = _asked(fs, url, lambda: int(fs.size(path)))
+    return cast(IO[bytes], PatientFile(fs, path, url, size))
 
 
 def identity(url: str) -> tuple[int, str]:
@@ -131,6 +150,27 @@ def identity(url: str) -> tuple[int, str]:
     mark = next((info[name] for name in names if info.get(name)), "")
     size = info.get("size")
     return -1 if size is None else int(size), str(mark)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as a listing shows it."""
+
+    size: int
+    """Bytes."""
+    changed: datetime
+    """When it was last written, by the store's clock, in UTC."""
+
+
+def _entry(info: Mapping[str, Any]) -> Entry:
+    at = next((info[name] for name in _CHANGED if info.get(name)), None)
+    if isinstance(at, (int, float)):
+        at = datetime.fromtimestamp(at, UTC)
+    elif isinstance(at, str):
+        at = datetime.fromisoformat(at)
+    # What has no time counts as new: it is for deciding what is old enough to go.
+    at = at or datetime.now(UTC)
+    return Entry(int(info["size"] or 0), at if at.tzinfo else at.replace(tzinfo=UTC))
 
 
 def _asked(fs: Any, url: str, work: Callable[[], T]) -> T:
@@ -153,7 +193,9 @@ class Store:
         self._root = root.rstrip("/")
         self.local = Path(self._root) if _is_local(self._fs) else None
         """The root as a local directory, or None for an object store."""
-        self._is_s3 = self.url.split("://", 1)[0] in {"s3", "s3a"}
+        protocol = self.url.split("://", 1)[0]
+        self._is_s3 = protocol in {"s3", "s3a"}
+        self._has_folders = protocol not in _OBJECT_STORES
 
     def path(self, name: str) -> str:
         """`name` as the file system sees it."""
@@ -178,10 +220,25 @@ class Store:
 
     def _write(self, name: str, data: bytes, tries: int) -> None:
         if self.local is None:
-            self._call(lambda: self._fs.pipe_file(self.path(name), data), tries)
+            self._call(lambda: self._write_remote(name, data), tries)
             return
         temporary = self._write_beside(name, data)
         os.replace(temporary, self.path(name))
+
+    def _write_remote(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        if not self._has_folders:
+            self._fs.pipe_file(path, data)
+            return
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        self._make_folder_of(path)
+        self._fs.pipe_file(temporary, data)
+        self._fs.mv(temporary, path)
+
+    def _make_folder_of(self, path: str) -> None:
+        # Two at once may both find it missing; the slower one then finds it made.
+        with contextlib.suppress(FileExistsError):
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write only if `name` does not exist; True when what is there is `data`.
@@ -209,6 +266,8 @@ class Store:
 
     def _create_remote(self, name: str, data: bytes) -> bool:
         """One conditional write; False when something was there."""
+        if self._has_folders:
+            return self._create_unconditionally(name, data)
         try:
             self._fs.pipe_file(self.path(name), data, mode="create")
         except FileExistsError:
@@ -227,10 +286,11 @@ class Store:
         return True
 
     def _create_unconditionally(self, name: str, data: bytes) -> bool:
+        """Look, write and look again: two writers of one moment may both be told that they won."""
         if self._fs.exists(self.path(name)):
             return False
-        self._fs.pipe_file(self.path(name), data)
-        return True
+        self._write_remote(name, data)
+        return self._fs.cat_file(self.path(name)) == data
 
     def _write_beside(self, name: str, data: bytes) -> str:
         path = self.path(name)
@@ -248,9 +308,13 @@ class Store:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """{name relative to `prefix`: size in bytes} of all files below it."""
+        return {name: entry.size for name, entry in self.entries(prefix).items()}
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        """{name relative to `prefix`: size and time} of all files below it."""
         base = self.path(prefix)
         found = self._call(lambda: self._fs.find(base, detail=True))
-        return {name[len(base) + 1 :]: info["size"] for name, info in found.items()}
+        return {name[len(base) + 1 :]: _entry(info) for name, info in found.items()}
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the directories directly below `prefix`, sorted."""
@@ -273,6 +337,8 @@ class Store:
     def _put(self, source: Path, name: str, link: bool) -> None:
         if self.local is None:
             parts = {"chunksize": _PART, "max_concurrency": _PARTS_AT_ONCE} if self._is_s3 else {}
+            if self._has_folders:
+                self._call(lambda: self._make_folder_of(self.path(name)))
             self._call(lambda: self._fs.put_file(str(source), self.path(name), **parts))
             return
         target = Path(self.path(name))
@@ -317,23 +383,46 @@ class Store:
     def _get_range(self, path: str, target: Path, start: int, size: int) -> None:
         end = min(start + _PART, size)
 
-        def read() -> bytes:
-            data = self._fs.cat_file(path, start=start, end=end)
-            if len(data) != end - start:
-                raise IncompleteTransfer(f"{path}: {len(data)} of {end - start} bytes came")
-            return data
-
-        data = self._call(read)
+        data = self._call(lambda: read_range(self._fs, path, start, end))
         with target.open("r+b") as out:
             out.seek(start)
             out.write(data)
 
     def remove(self, prefix: str) -> None:
-        """Remove a file, or all that lies below a prefix; nothing there is not an error."""
-        try:
-            self._call(lambda: self._fs.rm(self.path(prefix), recursive=True))
-        except FileNotFoundError:
+        """Remove a file, or all that lies below a prefix; nothing there is not an error.
+
+        Raises:
+            StoreError: when something that was there cannot be removed.
+        """
+        path = self.path(prefix)
+        if self.local is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm(path, recursive=True)
             return
+        there = self._call(lambda: self._fs.find(path))
+        if there or self._has_folders:
+            with contextlib.suppress(FileNotFoundError):
+                what = path if self._has_folders else there
+                self._call(lambda: self._fs.rm(what, recursive=self._has_folders))
+        # S3 answers a removal of many names with success and tells of each refusal within, which
+        # s3fs passes over. Removed alone, a name's refusal is an error, and a passing one passes.
+        left = set(there) & set(self._call(lambda: self._fs.find(path))) if there else set()
+        for name in sorted(left):
+            with contextlib.suppress(FileNotFoundError):
+                self._call(lambda name=name: self._fs.rm_file(name))
+
+    def prune(self, name: str) -> None:
+        """Remove a directory that holds nothing; object stores have no directories."""
+        if self._has_folders:
+            with contextlib.suppress(OSError):  # not empty, or not there
+                self._fs.rmdir(self.path(name))
+
+    def id(self) -> str:
+        """A name that this store has and no other, made when first asked for."""
+        name = "store-id"
+        if not self.exists(name):
+            self.create(name, uuid.uuid4().hex.encode())
+        return self.read_bytes(name).decode()
 
     def check_writable(self) -> None:
         """Write and remove a small file.

@@ -11,6 +11,12 @@ Tried and left out: making the skinny products of the adapters in that same kern
 dup and the product are in registers. It took 1.58 ms where the kernel and five GEMMs take 1.25
 (8192 x 14336, r = 16, the best of eleven tile shapes, H100, 2026-11-22): registers spill.
 
+Long rows: gate, up, their product and the gradients of the three are 82 GB for 400,000 tokens of a
+width of 14336. Above `SLICE_BYTES` the tokens go through in slices, and only x is saved; gate and
+up are made again in the backward pass, which at such lengths is lost beside attention (two of its
+GEMMs are 1.9e13 FLOPs a layer of 3.6e14 at 75,000 tokens, less beyond). Gradients of parameters
+are summed over the slices in float32.
+
 Sharding and checkpointing: as in `lora_linear`.
 
 Shape legend: T tokens, H hidden size, F width of the hidden layer, R ranks.
@@ -18,16 +24,23 @@ Shape legend: T tokens, H hidden size, F width of the hidden layer, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from regrow.kernels import lora_linear, swiglu
 from regrow.kernels.dropout import draw_seed
 from regrow.kernels.lora_linear import (
+    Drop,
     Projection,
     cast_adapters,
     check,
     constants_of,
+    dense,
+    dropped,
     group_of,
     input_gradient,
     like,
@@ -38,6 +51,15 @@ from regrow.kernels.lora_linear import (
 )
 
 _PER_PROJECTION = 4  # tensors
+
+SLICE_BYTES = 4 << 30
+"""Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
+14336 in bfloat16, below the longest rows that fit otherwise."""
+_SLICES_OF_MOST = 4  # a slice is a quarter of it: 18,700 of those tokens keep every GEMM full
+_ROW_MULTIPLE = 128  # rows of a GEMM tile
+_USUAL_WIDTH = 4  # times the hidden size, where only a weight's function knows
+
+Drops = tuple[Drop, Drop]  # of gate and up, and of down
 
 
 def reference(
@@ -50,45 +72,172 @@ def reference(
     return lora_linear.reference(hidden, down)
 
 
+# ---- host ----
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The three projections, and their adapters as the products take them."""
+
+    group: list[Projection]  # gate, up, down
+    casts: list[Any]  # A of gate and up, A of down, and B of each of the three
+    activation: str
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], constants: Any, activation: str, dtype: Any) -> _Layer:
+        gate, up, down = group = group_of(tensors, constants)
+        a_RH, bs = cast_adapters([gate, up], dtype)
+        down_a_RF, down_bs = cast_adapters([down], dtype)
+        return cls(group, [a_RH, down_a_RF, *bs, *down_bs], activation)
+
+    def inner(self, x_TH: Tensor, drop: Drop) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(gate [T, F], up [T, F], h [T, R] of both)."""
+        a_RH, _, *bs, _ = self.casts
+        (gate_TF, up_TF), h_TR = project(x_TH, self.group[:2], a_RH, bs, drop)
+        return gate_TF, up_TF, h_TR
+
+    def outer(self, gate_TF: Tensor, up_TF: Tensor, drop: Drop) -> tuple[Tensor, Tensor | None]:
+        """(y [T, H], h [T, R] of down)."""
+        hidden_TF = swiglu.gated_forward(gate_TF, up_TF, self.activation)
+        (y_TH,), h_TR = project(hidden_TF, self.group[2:], self.casts[1], self.casts[4:], drop)
+        return y_TH, h_TR
+
+    def back(
+        self, dy_TH: Tensor, saved: Sequence[Any], drops: Drops, wants_x: bool, wanted: list[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(dx, gradients of `tensors_of(group)`); saved: x, gate, up, their h and that of down."""
+        x_TH, gate_TF, up_TF, h_TR, down_h_TR = saved
+        a_RH, down_a_RF, *bs = self.casts
+        inner, outer = self.group[:2], self.group[2:]
+        split = 2 * _PER_PROJECTION
+        dh = rank_gradient([dy_TH], outer, bs[2:])
+        dhidden = input_gradient([dy_TH], dh, down_a_RF, outer, drops[1])
+        dgate, dup, hidden_TF = swiglu.gated_backward(
+            dhidden, gate_TF, up_TF, self.activation, True
+        )
+        del dhidden
+        of_down = parameter_gradients(
+            [dy_TH], hidden_TF, down_h_TR, dh, outer, drops[1], wanted[split:]
+        )
+        del hidden_TF
+        dys = [dgate, dup]
+        dh = rank_gradient(dys, inner, bs[:2])
+        dx = input_gradient(dys, dh, a_RH, inner, drops[0]) if wants_x else None
+        of_inner = parameter_gradients(dys, x_TH, h_TR, dh, inner, drops[0], wanted[:split])
+        return dx, of_inner + of_down
+
+
+def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
+    """Rows of a slice; 0 for no slices, where gate and up fit into `most` bytes."""
+    whole = 2 * width * element * tokens
+    if whole <= most:
+        return 0
+    slices = -(-whole * _SLICES_OF_MOST // most)
+    return -(-tokens // slices // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def _materialized(layer: _Layer, dtype: Any) -> _Layer:
+    """With the matrices themselves, so that not every slice makes them anew."""
+    group = [
+        replace(p, weight=dense(p.weight, dtype)) if callable(p.weight) else p for p in layer.group
+    ]
+    return replace(layer, group=group)
+
+
+def _slices(tokens: int, rows: int, p: float, seeds: Sequence[int]) -> Iterator[tuple[Any, Drops]]:
+    """(slice, dropouts) of `rows` tokens each; every slice has masks of its own."""
+    for number, start in enumerate(range(0, tokens, rows)):
+        yield slice(start, start + rows), ((p, seeds[0] + number), (p, seeds[1] + number))
+
+
+def _added(total: list[Any], more: Sequence[Any]) -> None:
+    """total += more, summed in float32 at least."""
+    for i, gradient in enumerate(more):
+        if gradient is not None and total[i] is None:
+            total[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        elif gradient is not None:
+            total[i] += gradient
+
+
+# ---- autograd ----
+
+
 class _LoRAMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, p, seeds, constants, *tensors):
         x_TH = x.reshape(-1, x.shape[-1])
-        gate, up, down = group_of(tensors, constants)
         drops = (p, seeds[0]), (p, seeds[1])
-        a_RH, bs = cast_adapters([gate, up], x.dtype)
-        down_a_RF, down_bs = cast_adapters([down], x.dtype)
-        (gate_TF, up_TF), h_TR = project(x_TH, [gate, up], a_RH, bs, drops[0])
-        hidden_TF = swiglu.gated_forward(gate_TF, up_TF, activation)
-        (y_TH,), down_h_TR = project(hidden_TF, [down], down_a_RF, down_bs, drops[1])
-        casts = a_RH, down_a_RF, *bs, *down_bs
-        ctx.save_for_backward(x_TH, gate_TF, up_TF, h_TR, down_h_TR, *casts, *tensors)
+        layer = _Layer.of(tensors, constants, activation, x.dtype)
+        gate_TF, up_TF, h_TR = layer.inner(x_TH, drops[0])
+        y_TH, down_h_TR = layer.outer(gate_TF, up_TF, drops[1])
+        ctx.save_for_backward(x_TH, gate_TF, up_TF, h_TR, down_h_TR, *layer.casts, *tensors)
         ctx.activation, ctx.drops, ctx.constants = activation, drops, constants
         return like(y_TH, x)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        x_TH, gate_TF, up_TF, h_TR, down_h_TR, *rest = ctx.saved_tensors
-        a_RH, down_a_RF, gate_b, up_b, down_b, *tensors = rest
-        gate, up, down = group_of(tensors, ctx.constants)
-        drop, down_drop = ctx.drops
+        everything = ctx.saved_tensors  # looked at once: a checkpoint makes them at that moment
+        saved, casts = everything[:5], list(everything[5:10])
+        layer = _Layer(group_of(everything[10:], ctx.constants), casts, ctx.activation)
         wants_x, _, _, _, _, *wanted = ctx.needs_input_grad
-        split = 2 * _PER_PROJECTION
         (dy,) = grad_outputs
-        dys = [dy.reshape(-1, dy.shape[-1])]
-        dh = rank_gradient(dys, [down], [down_b])
-        dhidden = input_gradient(dys, dh, down_a_RF, [down], down_drop)
-        dgate, dup, hidden_TF = swiglu.gated_backward(dhidden, gate_TF, up_TF, ctx.activation, True)
-        del dhidden
-        of_down = parameter_gradients(
-            dys, hidden_TF, down_h_TR, dh, [down], down_drop, wanted[split:]
-        )
-        del hidden_TF
-        dys = [dgate, dup]
-        dh = rank_gradient(dys, [gate, up], [gate_b, up_b])
-        dx = input_gradient(dys, dh, a_RH, [gate, up], drop) if wants_x else None
-        of_gate_up = parameter_gradients(dys, x_TH, h_TR, dh, [gate, up], drop, wanted[:split])
-        return like(dx, dy), None, None, None, None, *of_gate_up, *of_down
+        dy_TH = dy.reshape(-1, dy.shape[-1])
+        dx, grads = layer.back(dy_TH, saved, ctx.drops, wants_x, wanted)
+        return like(dx, dy), None, None, None, None, *grads
+
+
+class _SlicedLoRAMLP(torch.autograd.Function):
+    """The same, slice by slice: only x is saved, and gate and up are made again."""
+
+    @staticmethod
+    def forward(ctx, x, activation, p, seeds, constants, rows, *tensors):
+        x_TH = x.reshape(-1, x.shape[-1])
+        layer = _materialized(_Layer.of(tensors, constants, activation, x.dtype), x.dtype)
+        y_TH = None
+        for part, drops in _slices(len(x_TH), rows, p, seeds):
+            gate_TF, up_TF, _ = layer.inner(x_TH[part], drops[0])
+            y_SH, _ = layer.outer(gate_TF, up_TF, drops[1])
+            del gate_TF, up_TF
+            y_TH = x_TH.new_empty(len(x_TH), y_SH.shape[1]) if y_TH is None else y_TH
+            y_TH[part] = y_SH
+        ctx.save_for_backward(x_TH, *layer.casts, *tensors)
+        ctx.settings = activation, p, seeds, constants, rows
+        return like(y_TH, x)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        x_TH, *rest = ctx.saved_tensors
+        activation, p, seeds, constants, rows = ctx.settings
+        layer = _Layer(group_of(rest[5:], constants), rest[:5], activation)
+        layer = _materialized(layer, x_TH.dtype)
+        wants_x, _, _, _, _, _, *wanted = ctx.needs_input_grad
+        (dy,) = grad_outputs
+        dy_TH = dy.reshape(-1, dy.shape[-1])
+        dx_TH = torch.empty_like(x_TH) if wants_x else None
+        total: list[Any] = [None] * len(wanted)
+        for part, drops in _slices(len(x_TH), rows, p, seeds):
+            gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
+            down_h_TR = _down_h(layer, gate_TF, up_TF, drops[1])
+            saved = x_TH[part], gate_TF, up_TF, h_TR, down_h_TR
+            del gate_TF, up_TF
+            dx, grads = layer.back(dy_TH[part], saved, drops, wants_x, wanted)
+            _added(total, grads)
+            if dx_TH is not None and dx is not None:
+                dx_TH[part] = dx
+        tensors = rest[5:]
+        grads = [None if g is None else g.to(t.dtype) for g, t in zip(total, tensors, strict=True)]
+        return like(dx_TH, dy), None, None, None, None, None, *grads
+
+
+def _down_h(layer: _Layer, gate_TF: Tensor, up_TF: Tensor, drop: Drop) -> Tensor | None:
+    """What `_Layer.outer` gives beside y, without the large product."""
+    down_a_RF = layer.casts[1]
+    if down_a_RF is None:
+        return None
+    return dropped(swiglu.gated_forward(gate_TF, up_TF, layer.activation), drop) @ down_a_RF.t()
+
+
+# ---- public ----
 
 
 def lora_mlp(
@@ -99,12 +248,15 @@ def lora_mlp(
     *,
     activation: str = "silu",
     dropout: float = 0.0,
+    slice_bytes: int = SLICE_BYTES,
 ) -> Tensor:
     """down(act(gate(x)) * up(x)) for x [..., H], in the dtype of x.
 
     Args:
         activation: one of `swiglu.ACTIVATIONS`.
         dropout: probability of the low-rank paths' dropout; gate and up share a mask.
+        slice_bytes: where gate and up of all tokens take more, they are not saved but made again,
+            a slice of the tokens at a time.
 
     Raises:
         ValueError: when shapes do not fit together, or the activation is not known.
@@ -118,5 +270,10 @@ def lora_mlp(
         raise ValueError(f"activation {activation!r} is none of {', '.join(swiglu.ACTIVATIONS)}")
     group = (gate, up, down)
     seeds = (draw_seed(), draw_seed()) if dropout > 0 else (0, 0)
-    constants = constants_of(group)
-    return _LoRAMLP.apply(x, activation, dropout, seeds, constants, *tensors_of(group))
+    settings = activation, dropout, seeds, constants_of(group)
+    tokens = x.numel() // max(x.shape[-1], 1)
+    width = max(*widths, 0) or _USUAL_WIDTH * x.shape[-1]
+    rows = _slice_rows(tokens, width, x.element_size(), slice_bytes)
+    if rows:
+        return _SlicedLoRAMLP.apply(x, *settings, rows, *tensors_of(group))
+    return _LoRAMLP.apply(x, *settings, *tensors_of(group))

@@ -2,8 +2,11 @@
 
 Several examples lie one after the other in one row; no token sees another example's tokens.
 
-Shape legend: T tokens of all examples, E examples, N query heads, K key-value heads (N is a
-multiple of K; keys and values are not repeated), H head size.
+Queries may be the last ones of their examples alone, where other processes have the others.
+
+Shape legend: T tokens of all examples, S the same of keys (T where nothing is said), E examples,
+N query heads, K key-value heads (N is a multiple of K; keys and values are not repeated), H head
+size, L tokens of one example, M its keys.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ _MAX_FLASH_4_HEAD = 128  # of FlashAttention 4's backward pass (its README)
 
 @dataclass(frozen=True)
 class _Options:
-    """What does not vary over the tokens."""
+    """What backends need beside queries, keys, values and where the queries' examples lie."""
 
     max_seqlen: int
+    max_seqlen_k: int
+    cu_seqlens_k: Tensor
     scale: float
     causal: bool
     sliding_window: int | None
@@ -49,8 +54,8 @@ class _Options:
 
 def packed_attention(
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
@@ -58,6 +63,8 @@ def packed_attention(
     causal: bool = True,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v inside each example; returns [T, N, H] in the dtype of q.
 
@@ -66,19 +73,32 @@ def packed_attention(
         max_seqlen: length of the longest example, in tokens.
         sliding_window: a query sees this many tokens, itself included (needs `causal`).
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+        cu_seqlens_k, max_seqlen_k: the same of keys, where they are more than the queries: the
+            queries are then the last ones of each example.
 
     Raises:
         ValueError: when shapes or options do not fit together.
     """
-    _check(q_TNH, k_TKH, v_TKH, causal, sliding_window)
+    _check(q_TNH, k_SKH, v_SKH, causal, sliding_window, cu_seqlens_k is not None)
     capped = softcap is not None and softcap != 0.0
     attend = _backend(q_TNH.device.type, q_TNH.dtype, q_TNH.shape[-1], capped)
-    options = _Options(max_seqlen, scale, causal, sliding_window, softcap if capped else None)
-    return attend(q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+    options = _Options(
+        max_seqlen,
+        max_seqlen if max_seqlen_k is None else max_seqlen_k,
+        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        scale,
+        causal,
+        sliding_window,
+        softcap if capped else None,
+    )
+    return attend(q_TNH, k_SKH, v_SKH, cu_seqlens, options)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, sliding_window: int | None) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, sliding_window: int | None, more_keys: bool
+) -> None:
+    other_length = q.shape[0] != k.shape[0] and not more_keys
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or other_length:
         raise ValueError(
             "packed_attention takes q [T, N, H], k and v [T, K, H], not "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -144,88 +164,93 @@ def _is_distributed(package: str) -> bool:
 
 
 def _per_example(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, options: _Options
 ) -> Tensor:
     """One attention call an example. Reads cu_seqlens on the host: on CUDA that is a sync."""
-    bounds = cu_seqlens.tolist()
-    assert bounds[0] == 0, bounds
+    bounds, bounds_k = cu_seqlens.tolist(), options.cu_seqlens_k.tolist()
+    assert bounds[0] == bounds_k[0] == 0, (bounds, bounds_k)
     assert bounds[-1] == q_TNH.shape[0], f"cu_seqlens ends at {bounds[-1]} of {q_TNH.shape[0]}"
+    assert bounds_k[-1] == k_SKH.shape[0], f"{bounds_k[-1]} keys of {k_SKH.shape[0]}"
     one = _sdpa if options.softcap is None else _capped
     parts = [
-        one(*_heads_first(start, end, q_TNH, k_TKH, v_TKH), options)
-        for start, end in pairwise(bounds)
+        one(
+            _heads_first(q_TNH, start, end),
+            _heads_first(k_SKH, start_k, end_k),
+            _heads_first(v_SKH, start_k, end_k),
+            options,
+        )
+        for (start, end), (start_k, end_k) in zip(pairwise(bounds), pairwise(bounds_k), strict=True)
         if end > start
     ]
     return torch.cat([part_1NLH[0].transpose(0, 1) for part_1NLH in parts])
 
 
-def _heads_first(
-    start: int, end: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The L tokens of one example, as [1, N, L, H] and twice [1, K, L, H]."""
-    q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TKH, v_TKH))
-    return q, k, v
+def _heads_first(x_TNH: Tensor, start: int, end: int) -> Tensor:
+    """The L tokens of one example, as [1, N, L, H]."""
+    return x_TNH[start:end].transpose(0, 1).unsqueeze(0)
 
 
-def _sdpa(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:
-    mask_LL = _window_mask(q_1NLH, options)
+def _sdpa(q_1NLH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, options: _Options) -> Tensor:
+    mask_LM = _mask(q_1NLH, k_1KMH, options)
     return scaled_dot_product_attention(
         q_1NLH,
-        k_1KLH,
-        v_1KLH,
-        attn_mask=mask_LL,
-        is_causal=options.causal and mask_LL is None,
+        k_1KMH,
+        v_1KMH,
+        attn_mask=mask_LM,
+        is_causal=options.causal and mask_LM is None,
         scale=options.scale,
-        enable_gqa=q_1NLH.shape[1] != k_1KLH.shape[1],
+        enable_gqa=q_1NLH.shape[1] != k_1KMH.shape[1],
     )
 
 
-def _window_mask(q_1NLH: Tensor, options: _Options) -> Tensor | None:
-    """True where a query may look, or None where the window is longer than the example."""
-    length = q_1NLH.shape[2]
-    if options.sliding_window is None or options.sliding_window >= length:
+def _mask(q_1NLH: Tensor, k_1KMH: Tensor, options: _Options) -> Tensor | None:
+    """True where a query may look, the last query being the last key; None where being causal, or
+    not, says it all."""
+    queries, keys = q_1NLH.shape[2], k_1KMH.shape[2]
+    windowed = options.sliding_window is not None and options.sliding_window < keys
+    if not windowed and (queries == keys or not options.causal):
         return None
-    position = torch.arange(length, device=q_1NLH.device)
-    distance_LL = position[:, None] - position[None, :]
-    return (distance_LL >= 0) & (distance_LL < options.sliding_window)
+    position_L = torch.arange(keys - queries, keys, device=q_1NLH.device)
+    distance_LM = position_L[:, None] - torch.arange(keys, device=q_1NLH.device)[None, :]
+    seen_LM = distance_LM >= 0
+    return seen_LM & (distance_LM < options.sliding_window) if windowed else seen_LM
 
 
-def _capped(q_1NLH: Tensor, k_1KLH: Tensor, v_1KLH: Tensor, options: _Options) -> Tensor:
-    """The formula written out, with scores in float32; takes L * L memory a head."""
+def _capped(q_1NLH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, options: _Options) -> Tensor:
+    """The formula written out, with scores in float32; takes L * M memory a head."""
     assert options.softcap is not None
-    groups = q_1NLH.shape[1] // k_1KLH.shape[1]
-    k_1NLH = k_1KLH.repeat_interleave(groups, dim=1)
-    v_1NLH = v_1KLH.repeat_interleave(groups, dim=1)
-    scores_1NLL = (q_1NLH @ k_1NLH.transpose(2, 3)).float() * options.scale
-    scores_1NLL = options.softcap * torch.tanh(scores_1NLL / options.softcap)
-    mask_LL = _window_mask(q_1NLH, options)
-    if mask_LL is None and options.causal:
+    groups = q_1NLH.shape[1] // k_1KMH.shape[1]
+    k_1NMH = k_1KMH.repeat_interleave(groups, dim=1)
+    v_1NMH = v_1KMH.repeat_interleave(groups, dim=1)
+    scores_1NLM = (q_1NLH @ k_1NMH.transpose(2, 3)).float() * options.scale
+    scores_1NLM = options.softcap * torch.tanh(scores_1NLM / options.softcap)
+    mask_LM = _mask(q_1NLH, k_1KMH, options)
+    if mask_LM is None and options.causal:
         length = q_1NLH.shape[2]
-        mask_LL = torch.ones(length, length, dtype=torch.bool, device=q_1NLH.device).tril()
-    if mask_LL is not None:
-        scores_1NLL = scores_1NLL.masked_fill(~mask_LL, float("-inf"))
-    return scores_1NLL.softmax(dim=-1).to(v_1NLH.dtype) @ v_1NLH
+        mask_LM = torch.ones(length, length, dtype=torch.bool, device=q_1NLH.device).tril()
+    if mask_LM is not None:
+        scores_1NLM = scores_1NLM.masked_fill(~mask_LM, float("-inf"))
+    return scores_1NLM.softmax(dim=-1).to(v_1NMH.dtype) @ v_1NMH
 
 
 # ---- flash kernels: all examples in one launch ----
 
 
 def _torch_varlen(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, options: _Options
 ) -> Tensor:
     """torch.nn.attention.varlen (FlashAttention 2 inside torch)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    length = options.max_seqlen
-    extras: dict[str, Any] = _varlen_extras(q_TNH.shape[1] != k_TKH.shape[1])
+    extras: dict[str, Any] = _varlen_extras(q_TNH.shape[1] != k_SKH.shape[1])
     out_TNH = varlen_attn(
         q_TNH,
-        k_TKH,
-        v_TKH,
+        k_SKH,
+        v_SKH,
         cu_seqlens,
-        cu_seqlens,
-        length,
-        length,
+        options.cu_seqlens_k,
+        options.max_seqlen,
+        options.max_seqlen_k,
         scale=options.scale,
         window_size=options.window,
         **extras,
@@ -244,25 +269,25 @@ def _varlen_extras(grouped: bool) -> dict[str, bool]:
 
 
 def _flash_attn_2(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, options: _Options
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    return _call_flash(flash_attn_varlen_func, q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+    return _call_flash(flash_attn_varlen_func, q_TNH, k_SKH, v_SKH, cu_seqlens, options)
 
 
 def _flash_attn_3(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, options: _Options
 ) -> Tensor:
     from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         flash_attn_varlen_func,
     )
 
-    return _call_flash(flash_attn_varlen_func, q_TNH, k_TKH, v_TKH, cu_seqlens, options)
+    return _call_flash(flash_attn_varlen_func, q_TNH, k_SKH, v_SKH, cu_seqlens, options)
 
 
 def _flash_attn_4(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, options: _Options
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, options: _Options
 ) -> Tensor:
     """Its windows are None where those of 2 and 3 are -1, and its result is always a tuple."""
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports]
@@ -272,12 +297,12 @@ def _flash_attn_4(
     window = tuple(None if reach < 0 else reach for reach in options.window)
     out = flash_attn_varlen_func(
         q_TNH,
-        k_TKH,
-        v_TKH,
+        k_SKH,
+        v_SKH,
         cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
+        cu_seqlens_k=options.cu_seqlens_k,
         max_seqlen_q=options.max_seqlen,
-        max_seqlen_k=options.max_seqlen,
+        max_seqlen_k=options.max_seqlen_k,
         softmax_scale=options.scale,
         causal=options.causal,
         window_size=(None, None) if options.sliding_window is None else window,
@@ -288,20 +313,20 @@ def _flash_attn_4(
 def _call_flash(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
     cu_seqlens: Tensor,
     options: _Options,
 ) -> Tensor:
     """FlashAttention 2 and 3 name these arguments alike; early builds of 3 return a tuple."""
     out = function(
         q_TNH,
-        k_TKH,
-        v_TKH,
+        k_SKH,
+        v_SKH,
         cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
+        cu_seqlens_k=options.cu_seqlens_k,
         max_seqlen_q=options.max_seqlen,
-        max_seqlen_k=options.max_seqlen,
+        max_seqlen_k=options.max_seqlen_k,
         softmax_scale=options.scale,
         causal=options.causal,
         window_size=options.window,

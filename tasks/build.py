@@ -173,7 +173,8 @@ class Builder:
     ) -> Record:
         work = self._fresh_work_directory(stage)
         try:
-            job = self._job(stage, work, work / "out", self.artifacts, report)
+            units = Units(self.artifacts, work / "units", report, lease)
+            job = self._job(stage, work, work / "out", units, report)
             result = stage.function()(replace(job, tracking=tracking()))
             lease.check()
             record = self.artifacts.publish(
@@ -185,20 +186,19 @@ class Builder:
                 result=canonical(result),
                 provenance=self._provenance(stage),
             )
-            self.artifacts.remove_other_attempts(record)  # the lease is ours: nobody else is at it
+            if lease.is_ours():  # else somebody else is at it: what is left over is `gc`'s
+                self.artifacts.remove_other_attempts(record)
+                self.artifacts.store.remove(checkpoint_prefix(stage))
         except EXPECTED:
             raise
         except Exception as error:
             raise self._explained(stage, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        self.artifacts.store.remove(checkpoint_prefix(stage))
         return record
 
-    def _job(
-        self, stage: Stage, work: Path, out: Path, parts: ArtifactStore, report: Reporter
-    ) -> StageJob:
-        """What the stage's function gets; `parts` is where its units and checkpoints are."""
+    def _job(self, stage: Stage, work: Path, out: Path, units: Units, report: Reporter) -> StageJob:
+        """What the stage's function gets; beside `units` are its checkpoints."""
         inputs, results = self._open_inputs(stage, report)
         return StageJob(
             stage=stage,
@@ -208,8 +208,8 @@ class Builder:
             scratch=_new_directory(work / "scratch"),
             logs=self._home / "logs",
             report=report,
-            units=Units(parts, work / "units", report),
-            checkpoints=parts.store.url,
+            units=units,
+            checkpoints=units.store_url,
             tracking=None,
         )
 
@@ -226,10 +226,22 @@ class Builder:
         """
         work = self._fresh_work_directory(stage)
         apart = ArtifactStore(Store(work / "store"), work / "cache")
+        units = Units(apart, work / "units", report)
+        lease = Lease(
+            self.artifacts.store,
+            f"reruns/{uuid.uuid4().hex}",
+            self._lease_seconds,
+            [stage_key(each) for each in stage.inputs.values()],
+        )
         try:
-            job = self._job(stage, work, out, apart, report)
+            try:
+                lease.try_acquire()  # nobody else's: it only says what must stay meanwhile
+            except (StoreError, OSError) as error:
+                report.log(f"warning: what this reads may be removed meanwhile: {error}")
+            job = self._job(stage, work, out, units, report)
             stage.function()(replace(job, checkpoints=None))
         finally:
+            lease.forget()
             shutil.rmtree(work, ignore_errors=True)
 
     def _explained(self, stage: Stage, error: Exception) -> StageError:
@@ -277,10 +289,22 @@ class Builder:
 
 
 class Units:
-    """`UnitCache` on an artifact store: parts of a stage, each complete or invisible."""
+    """`UnitCache` on an artifact store: parts of a stage, each complete or invisible.
 
-    def __init__(self, artifacts: ArtifactStore, work: Path, report: Reporter) -> None:
+    Args:
+        lease: of the stage; it then says that units are in use, so that none is removed.
+    """
+
+    def __init__(
+        self, artifacts: ArtifactStore, work: Path, report: Reporter, lease: Lease | None = None
+    ) -> None:
         self._artifacts, self._work, self._report = artifacts, work, report
+        self._lease = lease
+
+    @property
+    def store_url(self) -> str:
+        """Where they are."""
+        return self._artifacts.store.url
 
     def get_or_build(
         self, name: str, version: int, spec: Any, build: Callable[[Path], dict[str, Any]]
@@ -288,6 +312,8 @@ class Units:
         """See `UnitCache.get_or_build`."""
         identity = {"unit": name, "version": version, "spec": spec}
         key = f"units/{fingerprint(identity)}"
+        if self._lease is not None:
+            self._lease.need("units")
         try:
             record = self._artifacts.lookup(key)
             if record is not None:

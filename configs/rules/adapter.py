@@ -32,41 +32,6 @@ def lora_is_complete(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
         yield ("lora_target_linear",), why, "Add `lora_target_linear: true`"
 
 
-@rule("lora_target_modules")
-def target_patterns_are_valid(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Each target is a name or a valid regular expression."""
-    for target in recipe.lora_target_modules:
-        try:
-            re.compile(target)
-        except (re.error, RecursionError, OverflowError) as error:
-            why = f"{target!r} is not a regular expression: {error}"
-            yield ("lora_target_modules",), why, "Name layers, such as q_proj"
-
-
-def _patterns(recipe: Recipe) -> list[str]:
-    """Targets that hold a sign no layer's name holds."""
-    signs = re.compile(r"[\\^$*+?()\[\]|{}]")
-    return [target for target in recipe.lora_target_modules if signs.search(target)]
-
-
-@rule("lora_target_modules")
-def one_pattern_stands_alone(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """PEFT matches a list by the names' ends and a single text as a pattern: a pattern in a list of
-    several would match nothing."""
-    odd = _patterns(recipe)
-    if odd and len(recipe.lora_target_modules) > 1:
-        why = f"{odd[0]!r} is a pattern, and patterns do not work in a list of several"
-        yield ("lora_target_modules",), why, "Join them into one: (a|b)"
-
-
-@rule("lora_target_modules", "lora_target_linear")
-def a_pattern_excludes_all_linear_layers(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """A pattern cannot be joined with lora_target_linear."""
-    if recipe.lora_target_linear and _patterns(recipe):
-        why = "`lora_target_linear: true` takes every linear layer already"
-        yield ("lora_target_modules",), why, "Keep one of the two"
-
-
 _INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 
 
@@ -150,31 +115,12 @@ def parameters_have_plain_adapters(recipe: Recipe, given: frozenset[str]) -> Ite
         yield ("peft_use_dora",), "`lora_target_parameters` work without DoRA", "Use false"
 
 
-@rule("peft_layers_pattern", "peft_layers_to_transform")
-def layers_are_counted_in_a_list(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """peft_layers_pattern is about peft_layers_to_transform."""
-    if recipe.peft_layers_pattern and recipe.peft_layers_to_transform is None:
-        why = "`peft_layers_to_transform` is missing"
-        yield ("peft_layers_pattern",), why, "Add it or remove this"
-
-
 @rule("unfrozen_parameters", "adapter")
 def an_adapter_has_its_own_choice(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Beside an adapter, lora_modules_to_save says what is trained in full."""
     if recipe.uses_adapter and recipe.unfrozen_parameters:
         why = "with `adapter` the base is frozen"
         yield ("unfrozen_parameters",), why, "Use `lora_modules_to_save`"
-
-
-@rule("unfrozen_parameters")
-def unfrozen_patterns_are_valid(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Each is a regular expression, with rows behind it or without."""
-    for pattern in recipe.unfrozen_parameters:
-        try:
-            re.compile(re.sub(r"\[\d+:\d+\]$", "", pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            why = f"{pattern!r} is not a regular expression: {error}"
-            yield ("unfrozen_parameters",), why, "Name parameters, such as ^lm_head"
 
 
 @rule("unfrozen_parameters", "gradient_checkpointing", "gradient_checkpointing_kwargs")
@@ -199,18 +145,13 @@ def quantized_weights_are_not_trained(recipe: Recipe, given: frozenset[str]) -> 
 
 RULES = (
     lora_is_complete,
-    target_patterns_are_valid,
-    one_pattern_stands_alone,
-    a_pattern_excludes_all_linear_layers,
     first_values_are_known,
     first_values_fit_the_base,
     qlora_is_four_bits,
     quantization_has_its_arguments,
     stored_quantized_means_dequantized,
     parameters_have_plain_adapters,
-    layers_are_counted_in_a_list,
     an_adapter_has_its_own_choice,
-    unfrozen_patterns_are_valid,
     frozen_beginnings_keep_gradients,
     quantized_weights_are_not_trained,
 )

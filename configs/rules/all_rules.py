@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from regrow.configs.rules import adapter, batch, data, model, parallel, reporting, schedule
+from regrow.configs.rules import (
+    adapter,
+    batch,
+    data,
+    model,
+    parallel,
+    patterns,
+    relora,
+    reporting,
+    schedule,
+)
 from regrow.configs.rules.rule import Rule
 
 ALL_RULES: tuple[Rule, ...] = (
@@ -10,7 +20,9 @@ ALL_RULES: tuple[Rule, ...] = (
     *batch.RULES,
     *schedule.RULES,
     *adapter.RULES,
+    *patterns.RULES,
     *model.RULES,
     *parallel.RULES,
+    *relora.RULES,
     *reporting.RULES,
 )

@@ -48,7 +48,8 @@ def a_chosen_micro_batch_needs_the_global_batch(
 ) -> Iterator[Breach]:
     """A micro-batch that each machine chooses for itself must not decide the global batch."""
     key = "gradient_accumulation_steps"
-    if recipe.micro_batch_size == "auto" and key in given:
+    decides = recipe.batch_size is None or recipe.gradient_accumulation_steps != 1
+    if recipe.micro_batch_size == "auto" and key in given and decides:
         why = "with `micro_batch_size: auto` it would make the global batch another on each machine"
         yield (key,), why, "Give `batch_size` in its place"
 

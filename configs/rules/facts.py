@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from regrow.configs.architectures import ARCHITECTURES, OF_EXPERTS, Layers
 from regrow.configs.facts import Facts, ModelFacts, TokenizerFacts
 from regrow.configs.faults import Notice
 from regrow.configs.recipe import Recipe
+from regrow.configs.rules.patterns import is_pattern
 from regrow.configs.rules.rule import Breach
 
 Found = Breach | Notice
@@ -62,6 +64,25 @@ def of_tokenizer(
     return make
 
 
+@of_model("base_model")
+def the_model_is_described(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """config.json is a map, and its sizes are sizes."""
+    for entry in model.odd:
+        remedy = "Mend the file, or download the model again"
+        yield ("base_model",), f"its config.json says {entry}", remedy
+
+
+@of_tokenizer("tokenizer_config", "base_model")
+def the_tokenizer_is_described(
+    recipe: Recipe, tokenizer: TokenizerFacts, facts: Facts
+) -> Iterator[Found]:
+    """tokenizer_config.json is a map, where it is there."""
+    if tokenizer.broken:
+        key = "tokenizer_config" if recipe.tokenizer_config else "base_model"
+        remedy = "Mend the file, or download the tokenizer again"
+        yield (key,), "its tokenizer_config.json is no JSON map", remedy
+
+
 _DEQUANTIZED = ("fp8", "mxfp4")
 _SEPARABLE = {"full_attention", "sliding_attention"}
 
@@ -99,6 +120,49 @@ def layers_are_there(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
     if model.layers is not None and any(number >= model.layers for number in numbers):
         why = f"the model has {model.layers} layers, counted from 0"
         yield ("peft_layers_to_transform",), why, f"Use 0 to {model.layers - 1}"
+
+
+@of_model(
+    *("adapter", "lora_target_modules", "lora_target_linear", "lora_target_parameters"),
+    *("lora_exclude_modules", "lora_model_dir", "base_model"),
+)
+def targets_are_layers(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """Names that an adapter is put on are names of the model's layers, where these are known."""
+    known = ARCHITECTURES.get(model.kind or "")
+    if known is None or not recipe.uses_adapter or recipe.lora_model_dir:
+        return
+    modules = known.modules(min(model.layers or 1, _ENOUGH_LAYERS))
+    targets = recipe.lora_target_modules
+    lost = [name for name in targets if not _names_a_layer(name, modules, known, len(targets) == 1)]
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known.names))
+    why = f"a model of the kind {model.kind} has no layer {', '.join(lost)}"
+    if lost and len(lost) == len(targets) and not recipe.lora_target_linear:
+        if not recipe.lora_target_parameters:
+            yield ("lora_target_modules",), why, f"Its layers are {names}"
+            return
+    if lost:
+        yield Notice("note", ("lora_target_modules",), f"{why}; its layers are {names}")
+    excluded = recipe.lora_exclude_modules
+    for name in excluded:
+        if not _names_a_layer(name, modules, known, len(excluded) == 1):
+            why = f"a model of the kind {model.kind} has no layer {name}"
+            yield Notice("note", ("lora_exclude_modules",), f"{why}; its layers are {names}")
+
+
+_ENOUGH_LAYERS = 200
+"""Layers whose names are looked at: more than published models have."""
+
+
+def _names_a_layer(name: str, modules: list[str], known: Layers, alone: bool) -> bool:
+    """As PEFT matches: a list by the ends of names, one text that is no name as a pattern."""
+    if name == "all-linear":
+        return True
+    if alone and is_pattern(name):
+        # Where not all names are known, a pattern may be about the others.
+        return known.has_experts or any(re.fullmatch(name, module) for module in modules)
+    if known.has_experts and not OF_EXPERTS.isdisjoint(name.split(".")):
+        return True
+    return any(f".{module}".endswith(f".{name}") for module in modules)
 
 
 @of_model("sequence_len")
@@ -163,10 +227,13 @@ def special_texts(recipe: Recipe) -> set[str]:
 
 
 FACT_RULES: tuple[FactRule, ...] = (
+    the_model_is_described,
+    the_tokenizer_is_described,
     stored_weights_can_be_merged_into,
     plain_weights_need_no_dequantizing,
     layers_keep_examples_apart,
     layers_are_there,
+    targets_are_layers,
     rows_are_as_long_as_positions,
     conversations_have_a_template,
     ends_of_turns_are_tokens,

@@ -34,7 +34,27 @@ def the_model_has_its_own_config(recipe: Recipe, given: frozenset[str]) -> Itera
         yield ("base_model_config",), why, "Remove it"
 
 
+@rule("output_router_logits", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+def routers_have_gradients(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """torch's older checkpointing computes routers without a graph at first, when the loss is
+    taken of them."""
+    kwargs = recipe.gradient_checkpointing_kwargs
+    if recipe.output_router_logits and recipe.gradient_checkpointing and kwargs.use_reentrant:
+        why = "with `output_router_logits` experts would not be balanced"
+        yield ("gradient_checkpointing_kwargs", "use_reentrant"), why, "Use false"
+
+
+@rule("output_router_logits", "context_parallel_size")
+def experts_are_balanced_over_whole_rows(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """The loss of a row is no sum over its tokens, of which each process would see a part."""
+    if recipe.output_router_logits and recipe.context_parallel_size > 1:
+        why = "processes that share a row cannot tell how evenly it uses the experts"
+        yield ("output_router_logits",), why, "Use one of the two"
+
+
 RULES = (
+    routers_have_gradients,
+    experts_are_balanced_over_whole_rows,
     the_model_has_its_own_config,
     only_causal_language_models,
     tokenizer_classes_are_tokenizers,

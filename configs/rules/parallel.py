@@ -29,6 +29,28 @@ def deepspeed_says_only_where(recipe: Recipe, given: frozenset[str]) -> Iterator
         yield ("deepspeed", "fp16"), why, "Use `bf16: {enabled: auto}`"
 
 
+@rule("deepspeed")
+def deepspeed_is_a_configuration(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """The parts of DeepSpeed's configuration that are read before training have their form."""
+    config = recipe.deepspeed or {}
+    for key in ("zero_optimization", "bf16", "fp16", "activation_checkpointing", "compile"):
+        if not isinstance(config.get(key, {}), dict):
+            yield ("deepspeed", key), "expected a map of keys", "See DeepSpeed's documentation"
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return
+    path = ("deepspeed", "zero_optimization")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        yield (*path, "stage"), "expected 0, 1, 2 or 3", "Use 3, which divides the weights too"
+    for key in ("offload_optimizer", "offload_param"):
+        option = zero.get(key) or {}
+        if not isinstance(option, dict):
+            yield (*path, key), "expected a map of keys", "Use {device: cpu}"
+        elif option.get("device", "none") not in ("none", "cpu", "nvme"):
+            yield (*path, key, "device"), "expected none, cpu or nvme", "Use cpu"
+
+
 _DECIDING = (
     *("optimizer", "scheduler", "gradient_clipping", "train_batch_size"),
     *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
@@ -43,13 +65,32 @@ def sizes_need_fsdp(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
             yield (key,), "it says how FSDP shards, which is off", "Add `fsdp_config: {}`"
 
 
-@rule("dp_replicate_size", "dp_shard_size", "num_processes")
+@rule("dp_replicate_size", "dp_shard_size", "num_processes", "ray_num_workers", "launcher")
 def sizes_multiply_to_the_processes(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Where all three are given they agree."""
-    shards, copies = recipe.dp_shard_size, recipe.dp_replicate_size
-    if shards and recipe.num_processes and recipe.num_processes % (shards * copies):
-        why = f"dp_replicate_size * dp_shard_size is {shards * copies}, which does not divide the "
-        yield ("dp_shard_size",), f"{why}{recipe.num_processes} processes", "Remove it"
+    """Copies times processes of a copy make all processes, of one machine or of several.
+
+    How many machines there will be a recipe says with `ray_num_workers` only; where both sizes are
+    given they may ask for several.
+    """
+    shards, copies, local = recipe.dp_shard_size, recipe.dp_replicate_size, recipe.num_processes
+    if local is None:
+        return
+    if recipe.launcher == "ray" and recipe.ray_num_workers:
+        total = local * recipe.ray_num_workers
+        if total % ((shards or 1) * copies):
+            why = _not_divided((shards or 1) * copies, total)
+            yield ("dp_shard_size" if shards else "dp_replicate_size",), why, "Remove it"
+    elif shards is None and local % copies:
+        why = f"{local} processes cannot be {copies} copies of a model"
+        remedy = "With several machines add `dp_shard_size`, the processes that share one copy"
+        yield ("dp_replicate_size",), why, remedy
+    elif shards is not None and local % (shards * copies) and (shards * copies) % local:
+        yield ("dp_shard_size",), _not_divided(shards * copies, local), "Remove it"
+
+
+def _not_divided(product: int, processes: int) -> str:
+    why = f"dp_replicate_size * dp_shard_size is {product}, which does not divide the "
+    return f"{why}{processes} processes"
 
 
 @rule("fsdp_config", "load_in_8bit")
@@ -91,6 +132,7 @@ _PLAIN_TENSORS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_tor
 RULES = (
     one_way_of_sharding,
     deepspeed_says_only_where,
+    deepspeed_is_a_configuration,
     sizes_need_fsdp,
     sizes_multiply_to_the_processes,
     int8_weights_are_not_sharded,

@@ -96,6 +96,11 @@ class ParallelSection(Section):
     """With FSDP2: processes over which one copy is sharded. Default: all of them, divided by
     `dp_replicate_size`."""
 
+    context_parallel_size: Count = 1
+    """Processes that share each row (context parallelism): each computes a part of its tokens, and
+    attention reaches the others' keys, so that rows may be as many times longer. Examples packed
+    into a row stay apart, and the loss is the same. With DDP, FSDP2 and DeepSpeed. Default 1."""
+
     time_limit: Positive | None = None
     """Minutes after which training saves a checkpoint and ends; the next run goes on from there.
     Default: none."""

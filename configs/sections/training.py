@@ -152,11 +152,23 @@ class TrainingSection(Section):
     """The learning rate falls to a thousandth and warms up again every so many steps. Default:
     never."""
 
-    jagged_restart_warmup_steps: Whole | None = None
+    jagged_restart_warmup_steps: Whole | Literal[False] | None = None
     """Steps of each such warm-up. Default 0."""
 
-    jagged_restart_anneal_steps: Whole | None = None
+    jagged_restart_anneal_steps: Whole | Literal[False] | None = None
     """Steps over which the rate falls before each restart. Default 0: at once."""
+
+    relora: bool = False
+    """With `jagged_restart_steps`: at each restart the adapter begins anew over what it has learnt,
+    so that many updates of a low rank sum up to a high one (arXiv 2307.05695). The result is one
+    adapter with the ranks of all rounds; the base stays as it is. Default false."""
+
+    relora_prune_method: Literal["magnitude", "random", "reset"] = "magnitude"
+    """Which elements of the optimizer's moments become 0 at a restart: the smallest, or a random
+    choice (reset: of nearly all). Default magnitude, Axolotl's."""
+
+    relora_prune_ratio: Ratio | None = None
+    """Their share. Default 0.9, with `relora_prune_method: reset` 0.999; Axolotl's."""
 
     warmup_steps: Whole | None = None
     """Steps over which the learning rate rises from 0. Default: see `warmup_ratio`."""
@@ -182,6 +194,15 @@ class TrainingSection(Section):
     z_loss_coefficient: NotNegative = 0.0
     """Weight of the square of the logits' log-sum-exp in the loss, which keeps logits small; 1e-4
     is usual (PaLM, arXiv 2204.02311). Default 0."""
+
+    output_router_logits: bool = False
+    """Add the loss that balances a mixture's experts (Switch Transformer, arXiv 2101.03961): of
+    each row what Transformers' models add, and the mean over the rows of a step, so that it is the
+    same on any number of processes. Axolotl's place for it is `model_config`, which is read, too.
+    Default false."""
+
+    router_aux_loss_coef: NotNegative | None = None
+    """What that loss weighs. Default: as the model's `config.json` says."""
 
     loss_watchdog_threshold: Positive | None = None
     """A training loss above this counts as diverged. Default: no watch is kept."""

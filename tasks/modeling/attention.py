@@ -1,5 +1,7 @@
 """Gives Transformers the packed attention under the name "regrow_packed".
 
+Where a row lies on several processes, `context_parts` says so (`context_parallel`).
+
 It is for packed rows only: a call without `cu_seq_lens_q` (generation, padded batches, a key-value
 cache) is an error, since the result would be wrong; load with attention="sdpa" for those.
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from regrow.kernels.packed_attention import packed_attention
+from regrow.tasks.modeling.context_parallel import ContextParts
 
 NAME = "regrow_packed"
 """What to give as `attn_implementation`."""
@@ -43,6 +46,8 @@ def packed_attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    context_parts: ContextParts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function Transformers calls in each layer; returns ([1, T, N, H], None).
@@ -66,17 +71,20 @@ def packed_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"attention {NAME!r} has no {name!r}, which this model needs")
     query, key, value = _in_autocast_dtype(query_1NTH, key_1KTH, value_1KTH)
-    out_TNH = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seq_lens_q,
-        max_length_q,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
+    q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "causal": getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+    }
+    if context_parts is not None:
+        assert cu_seq_lens_k is not None
+        out_TNH = context_parts.attend(
+            q_TNH, k_TKH, v_TKH, cu_seq_lens_q, cu_seq_lens_k, **options
+        )
+    else:
+        out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q, **options)
     return out_TNH.unsqueeze(0), None
 
 

@@ -128,6 +128,11 @@ class FusedAttention(nn.Module):
         norm = getattr(attention, "q_norm", None)
         self._eps = 0.0 if norm is None else epsilon_of(norm)
 
+    @property
+    def parts(self) -> list[str]:
+        """What runs in the kernel beside the products."""
+        return ["rope"] * self._rotates + ["qk_norm"] * (self._rotates and self._eps > 0)
+
     def forward(
         self,
         hidden_states: Tensor,

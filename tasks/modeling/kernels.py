@@ -38,6 +38,9 @@ KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 mlp: the gated MLP with LoRA; experts: a layer of them with LoRA; rms_norm; cross_entropy: the
 head's loss on supervised rows alone."""
 
+WITH_ADAPTERS = ("attention", "mlp", "experts")
+"""Those that compute a layer's adapter with it."""
+
 _BY_KIND = {
     "Attention": "attention",
     "MLP": "mlp",
@@ -53,14 +56,36 @@ class Swapped:
 
     modules: Counter[str] = field(default_factory=Counter)
     """How many modules of each kernel."""
-    left: dict[str, str] = field(default_factory=dict)
-    """{kernel or class: why}."""
+    parts: Counter[str] = field(default_factory=Counter)
+    """Of how many attentions the rotary embedding ("rope") and the heads' norms ("qk_norm") run
+    in the kernel too."""
+    left: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """{kernel or class: {why: names of its modules}}."""
     head: LossHead | None = None
     """The head that computes the loss, if that was put in."""
 
     def record(self) -> dict[str, Any]:
         """As the train stage's result names it."""
-        return {"swapped": dict(self.modules), "left": self.left, "runs": runs_on()}
+        parts = {"parts": dict(self.parts)} if self.parts else {}
+        left = {kernel: self.reasons(kernel) for kernel in self.left}
+        return {"swapped": dict(self.modules), "left": left, "runs": runs_on()} | parts
+
+    def leave(self, kernel: str, why: str, module: str = "") -> None:
+        """Note that a module, or all of a kernel's, stays as it is."""
+        names = self.left.setdefault(kernel, {}).setdefault(why, [])
+        names += [module] if module else []
+
+    def reasons(self, kernel: str) -> dict[str, str]:
+        """{why: how many modules, and which}."""
+        return {why: _named(names) for why, names in self.left.get(kernel, {}).items()}
+
+
+def _named(names: Sequence[str]) -> str:
+    """`3 modules: a, b, c`; of many the first and the last."""
+    if not names:
+        return "all"
+    some = names if len(names) <= 4 else [*names[:2], "...", names[-1]]
+    return f"{len(names)} module{'s' if len(names) > 1 else ''}: {', '.join(some)}"
 
 
 def runs_on() -> str:
@@ -106,16 +131,18 @@ def swap_kernels(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     family = family_of(base)
     if family is None:
-        done.left[type(base).__name__] = "no kernels are known for this architecture"
+        done.leave(type(base).__name__, "no kernels are known for this architecture")
         return _said(done)
     # Norms first: an attention that is replaced takes those of its heads over.
     for kernel in sorted(kernels, key=lambda name: name != "rms_norm"):
         if kernel != "rms_norm" and not whole_layers:
-            done.left[kernel] = _SHARDED
+            done.leave(kernel, _SHARDED)
         elif kernel == "cross_entropy":
             _swap_head(model, base, terms or LossTerms(), done)
         else:
             _swap_modules(base, family, kernel, done)
+    if "rms_norm" in kernels:
+        _note_other_norms(base, family, done)
     return _said(done)
 
 
@@ -123,10 +150,22 @@ def _swap_modules(base: nn.Module, family: Family, kernel: str, done: Swapped) -
     for name, module in list(_of_kind(base, family, kernel)):
         why = _WHY_NOT[kernel](module)
         if why:
-            done.left[kernel] = why
-        else:
-            base.set_submodule(name, _MADE_BY[kernel](module, family))
-            done.modules[kernel] += 1
+            done.leave(kernel, why, name)
+            continue
+        made = _MADE_BY[kernel](module, family)
+        base.set_submodule(name, made)
+        done.modules[kernel] += 1
+        if isinstance(made, FusedAttention):
+            done.parts.update(made.parts)
+
+
+def _note_other_norms(base: nn.Module, family: Family, done: Swapped) -> None:
+    """Norms of classes that the kernel does not know."""
+    for name, module in base.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("Norm") and not isinstance(module, FusedNorm):
+            if family.kind(module) != "RMSNorm":  # those have been told
+                done.leave("rms_norm", f"a norm of type {kind}", name)
 
 
 def _of_kind(base: nn.Module, family: Family, kernel: str) -> Iterator[tuple[str, nn.Module]]:
@@ -192,7 +231,7 @@ _MADE_BY = {
 def _swap_head(model: nn.Module, base: Any, terms: LossTerms, done: Swapped) -> None:
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
-        done.left["cross_entropy"] = f"the head is a {type(head).__name__}, or has a bias"
+        done.leave("cross_entropy", f"the head is a {type(head).__name__}, or has a bias")
         return
     softcap = getattr(base.config, "final_logit_softcapping", None)
     done.head = LossHead(head, softcap, terms)
@@ -206,6 +245,7 @@ def _swap_head(model: nn.Module, base: Any, terms: LossTerms, done: Swapped) -> 
 def _said(done: Swapped) -> Swapped:
     found = ", ".join(f"{name} in {count} modules" for name, count in done.modules.items())
     logger.info("kernels (%s): %s", runs_on(), found or "none")
-    for name, why in done.left.items():
-        logger.info("kernels: %s stays as it is: %s", name, why)
+    for kernel in done.left:
+        for why, names in done.reasons(kernel).items():
+            logger.info("kernels: %s stays as it is in %s: %s", kernel, names, why)
     return done

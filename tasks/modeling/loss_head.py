@@ -70,7 +70,9 @@ class LossHead(nn.Linear):
         assert self._hidden is not None, "the head was not called"
         assert not isinstance(self.weight, DTensor), "the head's weight is not gathered"
         hidden, self._hidden = in_compute_dtype(self._hidden), None
-        targets_N = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
+        # Of a slice of a row the labels are one more, see `context_slices`.
+        end = 1 + hidden.shape[-2]
+        targets_N = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:end].flatten()
         terms = self._terms if self.training else LossTerms()
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(

@@ -18,6 +18,7 @@ _KEPT = (
     "eval_loss",
     "learning_rate",
     "grad_norm",
+    "router_aux_loss",
     "tokens_per_second",
     "supervised_tokens_per_second",
     "tokens",

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers.modeling_utils import PreTrainedModel
 
 from regrow.tasks.modeling.rounding import round_weights
+from regrow.tasks.modeling.rounds import Rounds
 
 
 def save_adapter(model: PeftModel, out: Path, first_values: Path | None = None) -> None:
@@ -25,6 +26,16 @@ def save_adapter(model: PeftModel, out: Path, first_values: Path | None = None) 
         save_embedding_layers=False,
         path_initial_model_for_weight_conversion=str(first_values) if first_values else None,
     )
+    _make_portable(out)
+
+
+def save_rounds(rounds: Rounds, out: Path) -> None:
+    """The same for the finished rounds of a ReLoRA training, as one adapter."""
+    rounds.save_adapter(out)
+    _make_portable(out)
+
+
+def _make_portable(out: Path) -> None:
     (out / "README.md").unlink(missing_ok=True)  # PEFT's model card: it names a local path
     path = out / "adapter_config.json"
     path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2, sort_keys=True))

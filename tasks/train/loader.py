@@ -12,10 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from regrow.tasks.modeling.batches import PackedRow, flatten
+from regrow.tasks.modeling.context_slices import slice_batch, tokens_multiple
 from regrow.tasks.train.order import Split
 
 TOKENS, SUPERVISED = "num_tokens", "num_supervised"
 """Counts a batch carries beside the model's inputs; the loop takes them out."""
+ROW_LENGTHS = "row_lengths"
+"""Tokens of each of its rows, without padding; the loss of training takes them out."""
 
 
 CUDA_MULTIPLE = 64
@@ -64,8 +67,10 @@ class MicroBatches(Dataset[dict[str, Any]]):
 
     Args:
         steps: of the whole training.
+        rank: of this one among those that read different rows.
         pad_to: tokens of each row, or None; `multiple_of` then pads the micro-batch.
         start: steps done already; index 0 is the first micro-batch after them.
+        context: (rank, number) among the processes that share each row.
     """
 
     def __init__(
@@ -78,10 +83,17 @@ class MicroBatches(Dataset[dict[str, Any]]):
         pad_to: int | None,
         start: int = 0,
         multiple_of: int = 1,
+        context: tuple[int, int] = (0, 1),
     ) -> None:
+        self._context = context
+        if context[1] > 1:
+            multiple_of = tokens_multiple(context[1], multiple_of)
         self._rows, self._order, self._split, self._rank = rows, order, split, rank
         self._length, self.start = (steps - start) * split.accumulation, start
-        self._pad_to = None if pad_to is None else pad_to * split.micro_batch_size
+        self._pad_to = None
+        if pad_to is not None:
+            whole = pad_to * split.micro_batch_size
+            self._pad_to = whole + (-whole % multiple_of if context[1] > 1 else 0)
         self._multiple_of = multiple_of
 
     def __len__(self) -> int:
@@ -90,6 +102,10 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def indices(self, step: int, micro: int) -> list[int]:
         """The rows of a micro-batch of this rank, by step (0-based, over all) and number in it."""
         return [int(r) for r in self._split.rows(self._order.rows(step), self._rank, micro)]
+
+    def rows_in_step(self, step: int) -> int:
+        """Rows of a step (0-based, over all), on all ranks."""
+        return len(self._order.rows(step))
 
     def row(self, index: int) -> PackedRow:
         """A row of the split."""
@@ -102,9 +118,16 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         step, micro = divmod(index, self._split.accumulation)
         rows = [self._rows[row] for row in self.indices(self.start + step, micro)]
-        return flatten(rows, self._pad_to, multiple_of=self._multiple_of) | {
-            TOKENS: sum(len(row.input_ids) for row in rows),
-            SUPERVISED: sum(int(row.loss_mask.sum()) for row in rows),
+        batch = flatten(rows, self._pad_to, multiple_of=self._multiple_of)
+        rank, processes = self._context
+        if processes > 1:
+            batch = slice_batch(batch, rank, processes)
+        # Rows that several processes share are counted once.
+        counted = rows if rank == 0 else []
+        return batch | {
+            TOKENS: sum(len(row.input_ids) for row in counted),
+            SUPERVISED: sum(int(row.loss_mask.sum()) for row in counted),
+            ROW_LENGTHS: tuple(len(row.input_ids) for row in rows),
         }
 
 

@@ -37,11 +37,12 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss:
 
     Args:
         logits: [1, T, V]; those at t predict the label at t + 1.
-        labels: int64 [1, T], `IGNORED` where nothing is learnt.
+        labels: int64 [1, T], `IGNORED` where nothing is learnt; [1, T + 1] where the last logits
+            have a label too, see `regrow.tasks.modeling.context_slices`.
     """
     targets = labels[:, 1:].reshape(-1)
     learnt = targets != IGNORED
-    logits_SV = logits[:, :-1].reshape(-1, logits.shape[-1])[learnt].float()
+    logits_SV = logits[:, : labels.shape[1] - 1].reshape(-1, logits.shape[-1])[learnt].float()
     log_sum = torch.logsumexp(logits_SV, dim=-1)
     chosen = logits_SV.gather(-1, targets[learnt][:, None])[:, 0]
     losses = log_sum - (1 - label_smoothing) * chosen

@@ -14,16 +14,23 @@ from peft import PeftModel
 from transformers import set_seed
 
 from regrow.tasks.modeling.adapter import add_adapter, embedding_names, load_adapter
+from regrow.tasks.modeling.expert_balance import Routers
 from regrow.tasks.modeling.first_values import (
     changes_base,
     initialise_from_data,
     keep_first_values,
 )
 from regrow.tasks.modeling.freezing import train_only
-from regrow.tasks.modeling.kernels import Swapped, chosen_kernels, swap_kernels
+from regrow.tasks.modeling.kernels import (
+    WITH_ADAPTERS,
+    Swapped,
+    chosen_kernels,
+    swap_kernels,
+)
 from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
 from regrow.tasks.modeling.loss_head import LossTerms
 from regrow.tasks.modeling.recompute import LayerSizes, choose_policy, free_bytes
+from regrow.tasks.modeling.rounds import Rounds
 from regrow.tasks.modeling.rows import PackedRows, Row
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.adapter_spec import AdapterSpec
@@ -46,10 +53,14 @@ class TrainedModel:
     """Names of parameters of which some rows are frozen."""
     first_values: Path | None = None
     """The adapter before training, where it changed the base."""
+    rounds: Rounds | None = None
+    """Of a ReLoRA training: what the adapter has learnt before it began anew."""
     kernels: Swapped = field(default_factory=Swapped)
     """Which of our kernels compute it."""
     policy: str = "none"
     """What is computed again in the backward pass; see `regrow.tasks.modeling.recompute`."""
+    routers: Routers | None = None
+    """Of a mixture whose experts are balanced."""
 
 
 def build_model(job: WorkerJob) -> TrainedModel:
@@ -82,9 +93,11 @@ def build_model(job: WorkerJob) -> TrainedModel:
         partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
     if spec.neftune_noise_alpha:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
+    rounds = Rounds(trained, DTYPES[spec.dtype]) if spec.relora else None
     kernels = _swap(trained, job)
     policy = _policy(trained, job, kernels)
-    return TrainedModel(trained, use_cache, partly, first_values, kernels, policy)
+    routers = Routers(trained, spec.router_aux_loss_coef) if spec.router_aux_loss else None
+    return TrainedModel(trained, use_cache, partly, first_values, rounds, kernels, policy, routers)
 
 
 # What `recompute.LayerSizes` counts is what layers keep with these; without them it is more.
@@ -104,7 +117,7 @@ def _policy(model: Any, job: WorkerJob, kernels: Swapped) -> str:
         logger.info("gradient_checkpointing: full, since not all kernels run")
         return "full"
     longest = max(int(row_lengths(job.prepared).max()), place.pad_to or 0)
-    tokens = place.micro_batch_size * longest
+    tokens = place.micro_batch_size * longest // place.sharding.context_parallel_size
     # Sharded weights leave more memory free than is counted here: never too little is computed.
     element = 2 if job.spec.adapter else 4  # trained weights are float32, and so are their sums
     policy = choose_policy(LayerSizes.of(model.config), tokens, free_bytes(model), element)
@@ -117,6 +130,8 @@ def _swap(model: Any, job: WorkerJob) -> Swapped:
     spec, place = job.spec, job.placement
     on_cuda = place.device != "cpu" and torch.cuda.is_available()
     kernels = chosen_kernels(place.kernels, "cuda" if on_cuda else "cpu")
+    if spec.relora:  # they know one adapter on a layer, and its earlier rounds are a second one
+        kernels = tuple(name for name in kernels if name not in WITH_ADAPTERS)
     terms = LossTerms(spec.label_smoothing, spec.z_loss)
     return swap_kernels(model, kernels, terms, whole_layers=place.sharding.gathers_layers)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.tasks.modeling.context_slices import TOKEN_LENGTHS
+
 
 class EmbeddingNoise:
     """Adds uniform(-1, 1) * alpha / sqrt(length * width) to each token's embedding in training."""
@@ -18,6 +20,7 @@ class EmbeddingNoise:
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
         self._cu_seqlens: Tensor | None = None
+        self._lengths: Tensor | None = None
 
     def attach(self, model: Any) -> None:
         """Hook the noise into the model's input embedding, for good.
@@ -29,14 +32,17 @@ class EmbeddingNoise:
 
     def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._cu_seqlens = kwargs["cu_seq_lens_q"]
+        self._lengths = kwargs.get(TOKEN_LENGTHS)  # where examples are cut, cu_seqlens has parts
 
     def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not module.training:
             return output
         assert self._cu_seqlens is not None
         tokens, width = output.shape[1:]
-        lengths = self._cu_seqlens.diff()
-        per_token = torch.repeat_interleave(lengths, lengths, output_size=tokens)
+        per_token = self._lengths
+        if per_token is None:
+            lengths = self._cu_seqlens.diff()
+            per_token = torch.repeat_interleave(lengths, lengths, output_size=tokens)
         scale = self._alpha / (per_token * width).sqrt()
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * scale[None, :, None].to(output.dtype)

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from regrow.infra.launch import world_size
+from regrow.tasks.modeling.context_parallel import ContextGroup, check_divides
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.order import choose_split
 from regrow.tasks.train.sharding import Sharding
@@ -28,7 +29,9 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
         StageError: when the processes do not divide as the recipe says.
     """
     sharding, processes = placement.sharding, world_size()
-    split = choose_split(spec.global_batch_size, placement.micro_batch_size, processes)
+    check_divides(processes, sharding.context_parallel_size)
+    groups = processes // sharding.context_parallel_size
+    split = choose_split(spec.global_batch_size, placement.micro_batch_size, groups)
     settings: dict[str, Any] = {
         # DeepSpeed reads them while the arguments are built.
         "per_device_train_batch_size": split.micro_batch_size,
@@ -51,8 +54,14 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
 
 
 def _mesh(sharding: Sharding, processes: int) -> ParallelismConfig | None:
-    """Copies of the model and the processes of each; None where there is one copy."""
-    shards = sharding.dp_shard_size or processes // sharding.dp_replicate_size
+    """Copies of the model and the processes of each; None where there is one copy.
+
+    Those that share a row are among those that share a copy, as in Accelerate's own layout. Its
+    `cp_size` is not used: it would take torch's ring attention, which mixes packed examples.
+    """
+    shards = processes // sharding.dp_replicate_size
+    if sharding.dp_shard_size:
+        shards = sharding.dp_shard_size * sharding.context_parallel_size
     copies = processes // max(shards, 1)
     if copies * shards != processes or copies % sharding.dp_replicate_size:
         raise StageError(
@@ -62,6 +71,16 @@ def _mesh(sharding: Sharding, processes: int) -> ParallelismConfig | None:
     if copies == 1:
         return None
     return ParallelismConfig(dp_replicate_size=copies, dp_shard_size=shards)
+
+
+def share_rows(model: Any, sharding: Sharding) -> None:
+    """Let the model's attention reach the processes that share rows with this one, if any do.
+
+    Raises:
+        StageError: for a model whose rows cannot be cut.
+    """
+    if sharding.context_parallel_size > 1:
+        ContextGroup.of(sharding.context_parallel_size).attach(model)
 
 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:

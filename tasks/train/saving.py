@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,12 +188,12 @@ class SaveCheckpoints(TrainerCallback):
         trainer: StepLoop,
         meter: Meter,
         metrics: Path | None,
-        best: Path | None = None,
+        others: Sequence[Path] = (),
     ) -> None:
-        """`metrics` is the metrics file on rank 0, None on the others; `best` the file that
-        `KeepBest` writes, if it does."""
+        """`metrics` is the metrics file on rank 0, None on the others; `others` are the files that
+        other callbacks write, to be saved where they are there."""
         self._saver, self._trainer, self._meter, self._metrics = saver, trainer, meter, metrics
-        self._best = best
+        self._others = others
         self._staging = Staging()
 
     def on_save(
@@ -226,9 +226,7 @@ class SaveCheckpoints(TrainerCallback):
             TOTALS_FILE: self._meter.totals.to_json().encode(),
             METRICS_FILE: self._metrics.read_bytes(),
         }
-        if self._best is not None and self._best.is_file():
-            found[self._best.name] = self._best.read_bytes()
-        return found
+        return found | {path.name: path.read_bytes() for path in self._others if path.is_file()}
 
 
 class Resume(TrainerCallback):

@@ -21,7 +21,9 @@ class Sharding:
     dp_replicate_size: int = 1
     """Copies of a model that FSDP shards within each of them."""
     dp_shard_size: int | None = None
-    """Processes of each copy; None: what is left."""
+    """Processes of each copy, beside those that share its rows; None: what is left."""
+    context_parallel_size: int = 1
+    """Processes that share each row."""
 
     @property
     def shards(self) -> bool:
@@ -52,7 +54,8 @@ class Sharding:
             }
             if config.transformer_layer_cls_to_wrap:
                 fsdp["transformer_layer_cls_to_wrap"] = list(config.transformer_layer_cls_to_wrap)
-        return cls(fsdp, recipe.deepspeed, recipe.dp_replicate_size, recipe.dp_shard_size)
+        sizes = (recipe.dp_replicate_size, recipe.dp_shard_size, recipe.context_parallel_size)
+        return cls(fsdp, recipe.deepspeed, *sizes)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Sharding:

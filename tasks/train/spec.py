@@ -40,6 +40,14 @@ class Restarts:
 
 
 @dataclass(frozen=True)
+class ReLoRASpec:
+    """What an adapter's restart takes out of the optimizer; it restarts with the learning rate."""
+
+    prune_method: str = "magnitude"
+    prune_ratio: float = 0.9
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """All that decides the trained weights, besides the prepared data."""
 
@@ -76,6 +84,8 @@ class TrainSpec:
     """A name in `transformers.SchedulerType`, or in `regrow.tasks.train.learning_rate`."""
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     restarts: Restarts | None = None
+    relora: ReLoRASpec | None = None
+    """The adapter begins anew at each of the restarts, over what it has learnt."""
     warmup_steps: int | None = None
     """Wins over `warmup_ratio`."""
     warmup_ratio: float | None = None
@@ -91,6 +101,11 @@ class TrainSpec:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the logits in the loss."""
+    router_aux_loss: bool = False
+    """The loss that balances a mixture's experts is added, see
+    `regrow.tasks.modeling.expert_balance`."""
+    router_aux_loss_coef: float | None = None
+    """What it weighs; None: as the model's own configuration says."""
     keep_best: bool = False
     """The result is the model of the lowest validation loss, not the last one."""
     early_stopping_patience: int | None = None
@@ -132,6 +147,7 @@ class TrainSpec:
             lr_scheduler=scheduler,
             lr_scheduler_kwargs=kwargs,
             restarts=_restarts(recipe),
+            relora=_relora(recipe),
             warmup_steps=recipe.warmup_steps,
             warmup_ratio=recipe.warmup_ratio,
             weight_decay=recipe.weight_decay,
@@ -144,6 +160,8 @@ class TrainSpec:
             neftune_noise_alpha=recipe.neftune_noise_alpha,
             label_smoothing=recipe.label_smoothing_factor,
             z_loss=recipe.z_loss_coefficient,
+            router_aux_loss=recipe.output_router_logits,
+            router_aux_loss_coef=recipe.router_aux_loss_coef,
             keep_best=recipe.load_best_model_at_end,
             early_stopping_patience=recipe.early_stopping_patience,
             validation=_validation(recipe) if plateau or recipe.load_best_model_at_end else None,
@@ -161,6 +179,7 @@ class TrainSpec:
             "quantization": Quantization.from_json(data.get("quantization")),
             "lr_groups": tuple(LearningRateGroup(tuple(g["modules"]), g["lr"]) for g in groups),
             "restarts": Restarts(**restarts) if restarts else None,
+            "relora": ReLoRASpec(**data["relora"]) if data.get("relora") else None,
             "validation": Cadence(**cadence) if cadence else None,
         }
         lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
@@ -217,6 +236,19 @@ def _restarts(recipe: Recipe) -> Restarts | None:
         return None
     warmup, anneal = recipe.jagged_restart_warmup_steps, recipe.jagged_restart_anneal_steps
     return Restarts(recipe.jagged_restart_steps, warmup or 0, anneal or 0)
+
+
+_RESET = 0.999
+"""Share of the moments that `reset` takes: Axolotl's, and the paper's code's."""
+
+
+def _relora(recipe: Recipe) -> ReLoRASpec | None:
+    if not recipe.relora:
+        return None
+    ratio, method = recipe.relora_prune_ratio, recipe.relora_prune_method
+    if ratio is None:
+        ratio = _RESET if method == "reset" else ReLoRASpec.prune_ratio
+    return ReLoRASpec(method, ratio)
 
 
 def _validation(recipe: Recipe) -> Cadence:

@@ -40,15 +40,17 @@ from regrow.tasks.train.checkpoint import (
 )
 from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_stopped
 from regrow.tasks.train.costs import row_costs, row_lengths
-from regrow.tasks.train.export import save_adapter, save_model
+from regrow.tasks.train.export import save_adapter, save_model, save_rounds
 from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.job import WorkerJob
-from regrow.tasks.train.loader import CUDA_MULTIPLE, FileOrder, MicroBatches
+from regrow.tasks.train.loader import CUDA_MULTIPLE
 from regrow.tasks.train.metrics import Meter, MetricsFile, Totals, peak_memory_gib, read_metrics
 from regrow.tasks.train.model import TrainedModel, build_model
 from regrow.tasks.train.order import DataOrder, Split, choose_split
-from regrow.tasks.train.parallel import whole_model_loading
+from regrow.tasks.train.parallel import share_rows, whole_model_loading
 from regrow.tasks.train.preemption import EXIT_CODE, StopEarly
+from regrow.tasks.train.readers import Reader, validates
+from regrow.tasks.train.relora import ROUNDS_FILE, Pruning, ReLoRA
 from regrow.tasks.train.saving import BackgroundSaver, Ranks, Resume, SaveCheckpoints
 from regrow.tasks.train.schedule import total_steps, warmup_steps
 from regrow.tasks.train.state import Engine, trained_parameters
@@ -81,7 +83,8 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     begin = time.monotonic()
     args = _arguments(job)
     rows = PackedRows(job.prepared, "train")
-    course = _plot_course(job, len(rows), args.world_size)
+    reader = _reader(job, args)
+    course = _plot_course(job, len(rows), reader.count)
     args = _with_course(args, course)
     checkpoints = _open_checkpoints(job)
     start = agree_on_newest(checkpoints, args) if checkpoints else None
@@ -90,9 +93,11 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
     with whole_model_loading(args):
         trained = build_model(job)
+    share_rows(trained.model, job.placement.sharding)
     args = with_checkpointing(args, trained.policy, job.placement.use_reentrant)
-    trainer = _build_trainer(job, args, course, trained, meter, rows, start)
+    trainer = _build_trainer(job, args, course, trained, meter, rows, start, reader)
     best = _keep_best(job, start, trainer, args.process_index)
+    relora = _relora(job, start, trained, args.process_index)
     ranks = Ranks.of(args)
     limit = job.placement.time_limit
     stop = StopEarly(ranks, begin + limit if limit else None, checkpoints is not None)
@@ -102,6 +107,7 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         for callback in (
             *_early_callbacks(job, args, start, trainer, ranks, stack),
             *([best] if best else []),
+            *([relora] if relora else []),
             *_callbacks(job, course, trainer, saver, meter, recorder),
             stop,
             *callbacks,
@@ -175,21 +181,26 @@ def _open_saver(
     return saver
 
 
-def _plot_course(job: WorkerJob, num_rows: int, world_size: int) -> Course:
+def _reader(job: WorkerJob, args: TrainingArguments) -> Reader:
+    multiple = CUDA_MULTIPLE if args.device.type == "cuda" else 1
+    return Reader.of(job.placement.sharding, args.process_index, args.world_size, multiple)
+
+
+def _plot_course(job: WorkerJob, num_rows: int, readers: int) -> Course:
     if num_rows == 0:
         raise StageError("the prepared data holds no training rows")
     spec, wanted = job.spec, job.placement.micro_batch_size
     lengths = row_lengths(job.prepared) if spec.row_order == "by_length" else None
     order = DataOrder(num_rows, spec.global_batch_size, spec.seed, spec.row_order, lengths)
-    costs = row_costs(job.prepared, job.base_model) if world_size > 1 else None
-    split = choose_split(spec.global_batch_size, wanted, world_size, costs)
+    costs = row_costs(job.prepared, job.base_model) if readers > 1 else None
+    split = choose_split(spec.global_batch_size, wanted, readers, costs)
     if split.micro_batch_size != wanted:
         logger.warning(
             "micro_batch_size %d does not divide the global batch of %d rows on %d processes: %d "
             "is used, with %d accumulation steps",
             wanted,
             spec.global_batch_size,
-            world_size,
+            readers,
             split.micro_batch_size,
             split.accumulation,
         )
@@ -262,7 +273,7 @@ def _callbacks(
     found: list[TrainerCallback] = [
         FollowSchedule(
             report=frozenset({1, total, *range(place.logging_steps, total, place.logging_steps)}),
-            evaluate=evaluation.due(total, per_epoch) if _validates(job) else frozenset(),
+            evaluate=evaluation.due(total, per_epoch) if validates(job.prepared) else frozenset(),
             save=place.saving.due(total, per_epoch) if saver else frozenset(),
         )
     ]
@@ -270,8 +281,8 @@ def _callbacks(
         found.append(recorder.callback)
     if saver:
         metrics = recorder.file.path if recorder else None
-        kept = job.work / BEST_FILE if job.spec.keep_best else None
-        found.append(SaveCheckpoints(saver, trainer, meter, metrics, kept))
+        others = [job.work / name for name in (BEST_FILE, ROUNDS_FILE)]
+        found.append(SaveCheckpoints(saver, trainer, meter, metrics, others))
     if place.loss_watchdog_threshold:
         found.append(LossWatchdog(place.loss_watchdog_threshold, place.loss_watchdog_patience))
     return found
@@ -299,9 +310,24 @@ def _keep_best(
     )
 
 
-def _validates(job: WorkerJob) -> bool:
-    splits = json.loads((job.prepared / "index.json").read_text())["splits"]
-    return bool(splits.get("validation", {}).get("rows"))
+def _relora(
+    job: WorkerJob, start: Checkpoint | None, trained: TrainedModel, rank: int
+) -> ReLoRA | None:
+    """What makes the adapter's rounds, if there are to be any."""
+    wanted, restarts = job.spec.relora, job.spec.restarts
+    if wanted is None:
+        return None
+    assert trained.rounds is not None
+    assert restarts is not None
+    return ReLoRA(
+        trained.rounds,
+        restarts.steps,
+        Pruning(wanted.prune_method, wanted.prune_ratio),
+        job.spec.seed,
+        job.work / ROUNDS_FILE,
+        kept=start.directory / ROUNDS_FILE if start else None,
+        writes=rank == 0,
+    )
 
 
 def _build_trainer(
@@ -312,20 +338,14 @@ def _build_trainer(
     meter: Meter,
     rows: PackedRows,
     start: Checkpoint | None,
+    reader: Reader,
 ) -> SftTrainer:
-    rank, pad_to = args.process_index, job.placement.pad_to
-    total, done = course.total_steps, start.step if start else 0
-    multiple = CUDA_MULTIPLE if args.device.type == "cuda" else 1
-    batches = MicroBatches(rows, course.order, course.split, rank, total, pad_to, done, multiple)
+    pad_to, done = job.placement.pad_to, start.step if start else 0
+    batches = reader.training(rows, course.order, course.split, course.total_steps, pad_to, done)
     validation = None
-    if _validates(job):
-        held_out = PackedRows(job.prepared, "validation")
+    if validates(job.prepared):
         micro = job.placement.eval_batch_size or course.split.micro_batch_size
-        order = FileOrder(len(held_out), micro * args.world_size)
-        split = Split(args.world_size, micro, accumulation=1)
-        validation = MicroBatches(
-            held_out, order, split, rank, order.steps, pad_to, multiple_of=multiple
-        )
+        validation = reader.validation(job.prepared, micro, pad_to)
     trainer = SftTrainer(
         model=trained.model,
         args=args,
@@ -333,6 +353,7 @@ def _build_trainer(
         partly_trained=trained.partly_trained,
         model_has_loss=trained.kernels.head is not None,
         offloads=trained.policy == "offload",
+        routers=trained.routers,
         batches=batches,
         validation=validation,
         meter=meter,
@@ -384,7 +405,10 @@ def _whole_model(job: WorkerJob, engine: Engine, is_first: bool) -> Any:
 
 
 def _save(model: Any, job: WorkerJob, trained: TrainedModel) -> None:
-    if isinstance(model, PeftModel):
+    if trained.rounds:
+        trained.rounds.finish()
+        save_rounds(trained.rounds, job.out)
+    elif isinstance(model, PeftModel):
         save_adapter(model, job.out, trained.first_values)
     else:
         align_special_ids(model, load_tokenizer(job.prepared / "tokenizer"))

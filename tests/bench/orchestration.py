@@ -30,6 +30,7 @@ QUICK = ("--max_steps", "2", "--eval_table_size", "4", "--num_epochs", "null")
 def environment(home: Path) -> dict[str, str]:
     dropped = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "REGROW_STORE", "OMP_NUM_THREADS")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
+    home.mkdir()  # Prefect makes no parents of its own home
     places = {"REGROW_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
     return env | places | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "true"}
 

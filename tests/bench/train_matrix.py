@@ -45,7 +45,13 @@ from regrow.tasks.stage import Stage, StageJob
 from regrow.tasks.train.adapter_spec import AdapterSpec
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
 from regrow.tasks.train.schedule import Cadence
-from regrow.tasks.train.spec import LearningRateGroup, Restarts, TrainPlacement, TrainSpec
+from regrow.tasks.train.spec import (
+    LearningRateGroup,
+    ReLoRASpec,
+    Restarts,
+    TrainPlacement,
+    TrainSpec,
+)
 from regrow.tasks.train.worker import train
 
 VOCABULARY, STEPS, HALF = 97, 10, 5
@@ -77,6 +83,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All of them, by kind."""
     yield from _adapters()
+    yield from _relora()
     yield from _optimizers()
     yield from _schedules()
     yield from _others()
@@ -158,6 +165,17 @@ def _schedules() -> Iterator[Case]:
     spec = {"lr_scheduler": "cosine_until", "lr_scheduler_kwargs": until}
     yield Case("schedule", "cosine, quadratic warm-up, constant end", spec)
     yield Case("schedule", "jagged restarts", {"restarts": Restarts(4, 1, 1)})
+
+
+def _relora() -> Iterator[Case]:
+    """Three rounds, the kill at the end of the first one and in the middle of the second one."""
+    for method, rate in (("magnitude", 0.9), ("random", 0.9), ("reset", 0.999)):
+        rounds = {"restarts": Restarts(4, 1, 0), "relora": ReLoRASpec(method, rate)}
+        yield Case("adapter", f"relora, {method}", rounds)
+    quantized = {"quantization": NF4, "optimizer": "adamw_bnb_8bit", "restarts": Restarts(5, 1, 0)}
+    dropout = {"adapter": dataclasses.replace(_patterns()["adapter"], dropout=0.2)}
+    case = quantized | dropout | {"relora": ReLoRASpec()}
+    yield Case("adapter", "relora on nf4, patterns", case, "bitsandbytes")
 
 
 def _others() -> Iterator[Case]:

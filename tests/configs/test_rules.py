@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from regrow.configs.rules import adapter, batch, data, model, parallel, reporting, schedule
+from regrow.configs.rules import (
+    adapter,
+    batch,
+    data,
+    model,
+    parallel,
+    relora,
+    reporting,
+    schedule,
+)
 from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.rules.rule import Rule
 from regrow.configs.sections.data import CHAT_TEMPLATES, MODEL_TEMPLATES
@@ -296,6 +305,36 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "cannot restart",
         ),
     ],
+    "relora_is_complete": [
+        ("relora: true\njagged_restart_steps: 9", "relora", "there is none"),
+        (LINEAR + "relora: true", "relora", "the number of steps of a round"),
+        (
+            LINEAR + "relora: true\njagged_restart_steps: 9\noptimizer: lion_8bit",
+            "optimizer",
+            "cannot prune the state of lion_8bit",
+        ),
+        (
+            LORA + "relora: true\njagged_restart_steps: 9\nlora_model_dir: o/a",
+            "lora_model_dir",
+            "begins with a fresh adapter",
+        ),
+    ],
+    "pruning_is_relora_s": [
+        ("relora_prune_ratio: 0.5", "relora_prune_ratio", "`relora` is not on"),
+        ("relora_prune_method: random", "relora_prune_method", "`relora` is not on"),
+    ],
+    "rounds_sum_up": [
+        (
+            LINEAR + "relora: true\njagged_restart_steps: 9\n" + lines,
+            key,
+            why,
+        )
+        for lines, key, why in (
+            ("peft_use_dora: true", "peft_use_dora", "only for plain LoRA"),
+            ("peft_init_lora_weights: pissa", "peft_init_lora_weights", "begins at 0"),
+            ("deepspeed: deepspeed_configs/zero2.json", "deepspeed", "sharded models"),
+        )
+    ],
     "learning_rates_are_said_once": [
         ("embedding_lr: 1e-5\nembedding_lr_scale: 0.5", "embedding_lr_scale", "says otherwise"),
         (
@@ -397,6 +436,21 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "an_adapter_has_its_own_choice": [
         (LINEAR + "unfrozen_parameters: [lm_head]", "unfrozen_parameters", "base is frozen"),
+    ],
+    "experts_are_balanced_over_whole_rows": [
+        (
+            "output_router_logits: true\ncontext_parallel_size: 2",
+            "output_router_logits",
+            "how evenly it uses the experts",
+        ),
+    ],
+    "routers_have_gradients": [
+        (
+            "output_router_logits: true\ngradient_checkpointing: true\n"
+            "gradient_checkpointing_kwargs:\n  use_reentrant: true",
+            "gradient_checkpointing_kwargs.use_reentrant",
+            "would not be balanced",
+        ),
     ],
     "unfrozen_patterns_are_valid": [
         ("unfrozen_parameters: ['(']", "unfrozen_parameters", "not a regular expression"),
@@ -522,7 +576,7 @@ def test_the_smallest_recipe_breaks_no_rule(load, minimal):
 
 def test_each_rule_has_its_case_and_its_place():
     assert {rule.name for rule in ALL_RULES} == CASES.keys()
-    modules = (adapter, batch, data, model, parallel, reporting, schedule)
+    modules = (adapter, batch, data, model, parallel, relora, reporting, schedule)
     written = {v.name for m in modules for v in vars(m).values() if isinstance(v, Rule)}
     assert written == CASES.keys()
     assert len(ALL_RULES) == len(CASES)

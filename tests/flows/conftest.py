@@ -57,7 +57,7 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
             process_group=0,
-            preexec_fn=die_with_parent,  # a test that is broken off leaves nothing running
+            preexec_fn=_as_from_a_terminal,
         )
 
     def regrow(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -82,6 +82,13 @@ class Place:
         place = Workplace(settings, str(self.root / "home" / "store"))
         place.home = self.root / "home"
         return make_plan(loaded.recipe, loaded.name, place.memo), place.builder
+
+
+def _as_from_a_terminal() -> None:
+    die_with_parent()  # a test that is broken off leaves nothing running
+    # What a shell without job control starts in the background ignores Ctrl-C, and so would all
+    # that these tests start, had they been started so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def kill_tree(process: subprocess.Popen) -> None:

@@ -30,10 +30,10 @@ PATIENCE = 300
 @pytest.mark.parametrize(
     ("how", "moment"),
     [
-        pytest.param("ctrl-c", "[prepare] starts", marks=pytest.mark.extended),
+        pytest.param("ctrl-c", "[prepare] starts", marks=pytest.mark.slow),
         pytest.param("terminate", "[prepare] starts", marks=pytest.mark.extended),
         pytest.param("ctrl-c", "checkpoint of step 2 is safe", marks=pytest.mark.extended),
-        pytest.param("terminate", "checkpoint of step 2 is safe", marks=pytest.mark.extended),
+        pytest.param("terminate", "checkpoint of step 2 is safe", marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_run_leaves_nothing_behind_and_goes_on(place, how, moment):

@@ -53,6 +53,7 @@ OPS = {
     "lora_linear": lambda x, w: lora_linear(x, *projections(w)[:1])[0],
     "lora_linear of two": lambda x, w: torch.cat(lora_linear(x, *projections(w)[:2]), 1),
     "lora_mlp": lambda x, w: lora_mlp(x, *projections(w)),
+    "lora_mlp in slices": lambda x, w: lora_mlp(x, *projections(w), slice_bytes=1),
     "rms_norm": lambda x, w: rms_norm(x, w[0], 1e-5),
     "add_rms_norm": lambda x, w: torch.cat(add_rms_norm(x, x * 2, w[0], 1e-5)),
     "rope": turned,
@@ -63,6 +64,7 @@ OPS = {
 THREE_D = (
     "lora_linear",
     "lora_mlp",
+    "lora_mlp in slices",
     "rms_norm",
     "gated_activation",
 )  # take [..., H] and are row by row here

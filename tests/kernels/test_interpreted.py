@@ -1,6 +1,7 @@
 """The kernels themselves on CPU: in one process of their own, under Triton's interpreter."""
 
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from regrow.kernels import (
     backend,
+    cross_entropy_rows,
     dropout,
     linear_cross_entropy,
     rms_norm,
@@ -110,3 +112,110 @@ def test_dropout():
     once = dropout.seeded_dropout(x, 0.3, 7)
     assert torch.equal(once, dropout.seeded_dropout(x, 0.3, 7))
     assert abs((once == 0).float().mean() - 0.3) < 0.05
+
+
+# ---- offsets that 31 bits do not hold: 400,000 tokens of a width of 14336 are 5.7e9 elements ----
+
+APART = (1 << 30) + 8  # elements between rows: the third row begins beyond 2**31
+SEEN = 8  # columns of a row that are read and written
+_UNRESERVED = mmap.MAP_PRIVATE | 0x4000  # Linux's MAP_NORESERVE, which Python 3.13 names
+
+
+def far(values=None) -> torch.Tensor:
+    """Rows [3, 8] that lie APART elements from each other, in memory that is not there else."""
+    room = mmap.mmap(-1, 4 * (2 * APART + SEEN), _UNRESERVED)
+    rows = torch.frombuffer(room, dtype=torch.float32).as_strided((3, SEEN), (APART, 1))
+    return rows if values is None else rows.copy_(values)
+
+
+@pytest.fixture
+def some():
+    return lambda: torch.randn(3, SEEN)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.clone(), expected, rtol=1e-4, atol=1e-4)
+
+
+@inside
+def test_gated_activation_reaches_far_rows(some):
+    g, u, d = some(), some(), some()
+    gate, up, dout = far(g), far(u), far(d)
+    out, dgate, dup = far(), far(), far()
+    swiglu._forward_kernel[(3, 1)](gate, up, out, APART, APART, APART, "silu", SEEN)
+    close(out, swiglu.reference(g, u))
+    out.zero_()
+    swiglu._backward_kernel[(3, 1)](
+        dout, gate, up, dgate, dup, out, APART, APART, APART, "silu", True, SEEN
+    )
+    for found, due in zip((dgate, dup, out), swiglu._backward_torch(d, g, u, "silu", True),
+                          strict=True):  # fmt: skip
+        close(found, due)
+
+
+@inside
+def test_norm_reaches_far_rows(some):
+    """Its mean is over APART columns, of which 8 are no zeros: the norm is by sqrt(eps) = 1."""
+    x, r, d, dt = some(), some(), some(), some()
+    y, total, dx, rstd, w = far(), far(), far(), torch.empty(3), torch.randn(SEEN)
+    rms_norm._forward_kernel[(3,)](
+        far(x), far(r), w, y, total, rstd, APART, 1.0, 0.0, True, SEEN
+    )  # fmt: skip
+    close(y, (x + r) * w)
+    close(total, x + r)
+    rms_norm._backward_kernel[(2,)](
+        far(d), far(dt), total, w, rstd, dx, w, 3, APART, 0.0, True, False, SEEN
+    )
+    close(dx, d * w + dt)
+
+
+@inside
+def test_cross_entropy_reaches_far_rows(some):
+    z, targets = some(), torch.tensor([0, 7, 3])
+    grads, weights = far(), torch.rand(3)
+    found = cross_entropy_rows.losses_and_gradients(
+        far(z), grads, targets, weights, [0.0, 0.0, 0.0], True
+    )
+    due = torch.empty_like(z)
+    expected = cross_entropy_rows._torch(z, due, targets, weights, [0.0, 0.0, 0.0], True)
+    close(grads, due)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+HEADS = 1 << 27  # of each token; two of them are computed
+
+
+def far_heads() -> torch.Tensor:
+    """[3, 2, 8], the first heads of tokens that lie HEADS * 8 elements from each other."""
+    room = mmap.mmap(-1, 4 * (2 * HEADS + 2) * SEEN, _UNRESERVED)
+    rows = torch.frombuffer(room, dtype=torch.float32)
+    return rows.as_strided((3, 2, SEEN), (HEADS * SEEN, SEEN, 1))
+
+
+@inside
+def test_rope_reaches_far_tokens():
+    q, k, angle = torch.randn(3, 2, SEEN), torch.randn(3, 2, SEEN), torch.rand(3, SEEN // 2)
+    cos, sin = angle.cos(), angle.sin()
+    near, sizes = q.stride()[:2], (HEADS, HEADS, SEEN // 2, 0, 2, 2, SEEN // 2, 1)
+    q_out, k_out, dq, dk = (far_heads() for _ in range(4))
+    rope._forward_kernel[(3,)](
+        q, k, *near, *near, q, k, q_out, k_out, cos, sin, 0.0, 0.0, *sizes, False
+    )
+    close(q_out, rope.reference(q, cos, sin))
+    close(k_out, rope.reference(k, cos, sin))
+    apart = q_out.stride()[:2]
+    rope._backward_kernel[(2,)](
+        q_out, k_out, *apart, *apart, q, k, *near, *near, q, k, dq, dk, dq, cos, sin, 3, 0.0, 0.0,
+        *sizes, False,
+    )  # fmt: skip
+    close(dq, q)
+    close(dk, k)
+
+
+@inside
+def test_dropout_reaches_far_rows():
+    y = far()
+    dropout._kernel[(3, 1)](far(torch.ones(3, SEEN)), y, APART, 0.5, 7, SEEN)
+    assert set(y.clone().flatten().tolist()) == {0.0, 2.0}
+    assert (y != 0).any(1).all()

@@ -1,10 +1,12 @@
 """The fused MLP equals its formula and keeps no hidden layer but gate and up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
-from regrow.kernels.lora_mlp import lora_mlp, reference
+from regrow.kernels.lora_mlp import _slice_rows, lora_mlp, reference
 
 HIDDEN, WIDTH = 15, 22
 
@@ -82,3 +84,72 @@ def test_what_does_not_fit_is_an_error():
         lora_mlp(torch.zeros(2, 4), gate, up, down)
     with pytest.raises(ValueError, match="relu"):
         lora_mlp(torch.zeros(2, 4), gate, gate, down, activation="relu")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "trained", "bias"),
+    [((3, 3, 3), False, False), ((2, 0, 5), False, True), ((0, 0, 0), True, False)],
+    ids=["lora", "several_ranks", "full_fine_tuning"],
+)
+def test_slices_of_the_tokens_give_the_same(check_gradients, random, ranks, trained, bias):
+    group = mlp(random, ranks, trained, bias)
+    x = random(2, 150, HIDDEN)
+    check_gradients(
+        lambda x, *t: lora_mlp(x, *rebuild(group, t), slice_bytes=4096),
+        lambda x, *t: reference(x, *rebuild(group, t)),
+        [x, *(t for t in tensors_of(group) if t is not None)],
+    )
+
+
+def test_slices_keep_only_the_input(random):
+    group = mlp(random, (3, 3, 3), False)
+    own = {t.data_ptr() for t in tensors_of(group) if t is not None}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_mlp(random(300, HIDDEN), *group, slice_bytes=4096)
+    shapes = [tuple(t.shape) for t in saved if t.data_ptr() not in own]
+    assert [shape for shape in shapes if shape[0] == 300] == [(300, HIDDEN)]
+
+
+def test_slices_drop_alike_in_both_directions(random):
+    """The gradient of the loss with one mask is the slope of the loss with that mask."""
+    group = mlp(random, (3, 3, 3), False)
+    x = torch.randn(300, HIDDEN, dtype=torch.float64)
+    group = [
+        Projection(p.weight.double(), *(t.detach().double().requires_grad_() for t in (p.a, p.b)))
+        for p in group
+    ]
+
+    def loss():
+        torch.manual_seed(1)
+        return lora_mlp(x, *group, dropout=0.4, slice_bytes=4096).square().sum()
+
+    before = loss()
+    before.backward()
+    b = group[0].b
+    step = 1e-6 * torch.randn_like(b)
+    with torch.no_grad():
+        b += step
+    assert (loss() - before).item() == pytest.approx((b.grad * step).sum().item(), rel=1e-3)
+
+
+def test_a_quantized_weight_is_made_once_for_all_slices(random):
+    gate, up, down = mlp(random, (3, 3, 3), False)
+    made = []
+
+    def weight():
+        made.append(1)
+        return gate.weight
+
+    out = lora_mlp(random(300, HIDDEN), replace(gate, weight=weight), up, down, slice_bytes=4096)
+    assert len(made) == 1
+    out.sum().backward()
+    assert len(made) == 2
+
+
+def test_slices_are_even_and_small_enough():
+    assert _slice_rows(1000, 14336, 2, 4 << 30) == 0
+    rows = _slice_rows(400_000, 14336, 2, 4 << 30)
+    assert rows % 128 == 0
+    assert rows * 14336 * 2 * 2 < 1.01 * (1 << 30)
+    assert 400_000 / rows == pytest.approx(-(-400_000 // rows), abs=0.2)

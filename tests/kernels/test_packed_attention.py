@@ -102,6 +102,50 @@ def test_cuda_equals_attention_on_each_example_alone(case, dtype):
     compare("cuda", dtype, LENGTHS, **(case | {"h": 64}))
 
 
+LAST = [1, 20, 5, 64, 1]  # of each of LENGTHS
+
+
+def compare_last(device, dtype, n, kv, h, window=None, softcap=None):
+    """Queries that are the last ones of their examples, as one slice of a cut row has them."""
+    q, k, v, cu, upstream = make(LENGTHS, n, kv, h, dtype, device)
+    rows = torch.cat(
+        [torch.arange(e - m, e) for m, e in zip(LAST, cu[1:].tolist(), strict=True)]
+    ).to(device)
+    mine = [x.clone().requires_grad_() for x in (q[rows], k, v)]
+    theirs = [x.clone().requires_grad_() for x in (q, k, v)]
+    cu_q = torch.tensor([0, *torch.tensor(LAST).cumsum(0).tolist()], dtype=torch.int32)
+    options = {"scale": h**-0.5, "sliding_window": window, "softcap": softcap}
+    keys = {"cu_seqlens_k": cu, "max_seqlen_k": max(LENGTHS)}
+    out = packed_attention(*mine, cu_q.to(device), max(LAST), **keys, **options)
+    expected = reference(*theirs, LENGTHS, h**-0.5, window, softcap)[rows]
+    out.backward(upstream[rows])
+    expected.backward(upstream[rows].double())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    right = (theirs[0].grad[rows], theirs[1].grad, theirs[2].grad)
+    for ours, gradient in zip(mine, right, strict=True):
+        torch.testing.assert_close(ours.grad, gradient, atol=tolerance * 4, rtol=tolerance)
+
+
+LAST_CASES = [
+    {"n": 4, "kv": 2, "h": 16},
+    {"n": 4, "kv": 4, "h": 16, "window": 7},
+    {"n": 4, "kv": 2, "h": 16, "softcap": 2.0},
+]
+
+
+@pytest.mark.parametrize("case", LAST_CASES)
+def test_queries_may_be_the_last_of_their_examples(case):
+    compare_last("cpu", torch.float32, **case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("case", LAST_CASES)
+def test_cuda_queries_may_be_the_last_of_their_examples(case):
+    compare_last("cuda", torch.bfloat16, **(case | {"h": 64}))
+
+
 def test_no_attention_across_examples():
     """Rubbish in one example (NaN, as in memory nobody wrote) leaves the others untouched."""
     q, k, v, cu, upstream = make(LENGTHS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def run_many(count: int, place, s3_server, pipelines, tmp_path: Path, monkeypatc
     assert pipelines.run(place.recipe, home | {"REGROW_STORE": str(local)}) == BUILT
     right = digests(ArtifactStore(Store(local), tmp_path / "unused"))
     assert set(right) == {"prepare", "train", "merge"}
-    requests, faults, seconds = 0, dict.fromkeys(FAULTS, 0), []
+    requests, faults, seconds, failed = 0, dict.fromkeys(FAULTS, 0), [], []
     for seed in range(count):
         bucket = s3_server.bucket()
         for name, value in bucket.env.items():
@@ -88,26 +88,33 @@ def run_many(count: int, place, s3_server, pipelines, tmp_path: Path, monkeypatc
         env = bucket.env | {"REGROW_HOME": str(tmp_path / f"home-{seed}")}
         with proxy(s3_server.endpoint, FAULTS, seed) as faulty, Watcher(clean) as watcher:
             begin = time.monotonic()
-            told = pipelines.run(place.recipe, env | {"AWS_ENDPOINT_URL": faulty.url})
+            try:
+                assert pipelines.run(place.recipe, env | {"AWS_ENDPOINT_URL": faulty.url}) == BUILT
+                check_all_right(clean, right)
+            except AssertionError as error:  # told at the end, with all others
+                failed.append(f"run {seed}: {error}")
             seconds.append(time.monotonic() - begin)
-        assert told == BUILT
-        assert watcher.partial == []
-        assert digests(clean) == right
-        records: list[Record] = [*clean.records("stages"), *clean.records("units")]
-        for record in records:
-            clean.verify(record)
-            attempts = [record.attempt] if record.files else []
-            assert clean.store.folders(record.key) == attempts
+        failed += [f"run {seed}: partly visible: {seen}" for seen in watcher.partial]
         print(f"run {seed}: {seconds[-1]:.1f} s, {faulty.requests} requests", flush=True)
         requests += faulty.requests
         faults = {name: faults[name] + faulty.faults[name] for name in faults}
     print(
         f"\n{count} runs through the faulty proxy: {requests} requests, "
         + ", ".join(f"{number} {name}" for name, number in faults.items())
-        + f"; all finished, every artifact right, no partial record seen; "
-        f"{sum(seconds) / count:.1f} s a run, longest {max(seconds):.1f} s"
+        + f"; {sum(seconds) / count:.1f} s a run, longest {max(seconds):.1f} s; "
+        + ("all finished, every artifact right, no partial record seen" if not failed else "")
     )
+    assert not failed, "\n\n".join([f"{len(failed)} faults in {count} runs", *failed])
     assert all(faults.values())
+
+
+def check_all_right(clean: ArtifactStore, right: Mapping[str, Mapping[str, str]]) -> None:
+    """What lies in the store is right, whole, and nothing else."""
+    assert digests(clean) == right
+    records: list[Record] = [*clean.records("stages"), *clean.records("units")]
+    for record in records:
+        clean.verify(record)
+        assert clean.store.folders(record.key) == ([record.attempt] if record.files else [])
 
 
 @pytest.mark.slow

@@ -22,7 +22,13 @@ from transformers.trainer_callback import ExportableState
 
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.evidence import DIVERGED, StepLosses, evidence_name, keep_evidence
-from regrow.tasks.train.loader import SUPERVISED, TOKENS, MicroBatches, make_loader
+from regrow.tasks.train.loader import (
+    ROW_LENGTHS,
+    SUPERVISED,
+    TOKENS,
+    MicroBatches,
+    make_loader,
+)
 from regrow.tasks.train.metrics import Meter
 from regrow.tasks.train.state import Engine, State, Stored, TorchEngine
 
@@ -210,6 +216,7 @@ class StepLoop(_Base):
         with torch.no_grad():
             for batch in self._loader(self._validation):
                 batch.pop(TOKENS)
+                batch.pop(ROW_LENGTHS)
                 sums[1] += batch.pop(SUPERVISED)
                 inputs = _on_device(batch, self.args.device)
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)

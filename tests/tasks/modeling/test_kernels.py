@@ -266,7 +266,7 @@ def test_an_unknown_architecture_says_what_stays():
     model = AutoModelForCausalLM.from_config(config)
     done = swap_kernels(model, KERNELS)
     assert not done.modules
-    assert done.left == {"GPTNeoXForCausalLM": "no kernels are known for this architecture"}
+    assert done.left == {"GPTNeoXForCausalLM": {"no kernels are known for this architecture": []}}
     assert family_of(model) is None
 
 
@@ -279,7 +279,8 @@ def test_an_adapter_the_kernels_have_not_stays_peft_s(settings, why):
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **settings))
     swapped = copy.deepcopy(model)
     done = swap_kernels(swapped, KERNELS)
-    assert why in done.left["attention"]
+    (reason,) = done.left["attention"]
+    assert why in reason
     assert done.modules["mlp"] == 2
     check_equal(model, swapped)
 
@@ -290,7 +291,30 @@ def test_a_head_that_is_trained_apart_stays():
         model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     )
     done = swap_kernels(model, KERNELS)
-    assert "ModulesToSaveWrapper" in done.left["cross_entropy"]
+    (reason,) = done.left["cross_entropy"]
+    assert "ModulesToSaveWrapper" in reason
+
+
+def test_every_reason_is_told_with_its_modules():
+    model = tiny("qwen3")
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *a: None)
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *a: None)
+    model.model.norm = torch.nn.LayerNorm(model.config.hidden_size)
+    done = swap_kernels(model, KERNELS)
+    first, second = (f"model.layers.{i}.self_attn" for i in range(2))
+    assert done.left == {
+        "attention": {"attention has dropout": [first], "a hook is on the layer": [second]},
+        "mlp": {"a hook is on the layer": ["model.layers.1.mlp"]},
+        "rms_norm": {"a norm of type LayerNorm": ["model.norm"]},
+    }
+    told = done.record()["left"]
+    assert told["attention"]["attention has dropout"] == f"1 module: {first}"
+
+
+def test_what_runs_inside_of_attention_is_told():
+    assert swap_kernels(tiny("qwen3"), KERNELS).parts == {"rope": 2, "qk_norm": 2}
+    assert swap_kernels(tiny("llama"), KERNELS).parts == {"rope": 2}
 
 
 def test_layers_in_pieces_keep_all_but_their_norms():

@@ -22,6 +22,8 @@ QUICK = (
     "adapter: unfrozen_parameters, rows",
     "adapter: qlora (nf4, double)",
     "adapter: modules_to_save",
+    "adapter: relora, magnitude",
+    "adapter: relora on nf4, patterns",
     "first values: pissa",
     "first values: eva",
     "optimizer: adafactor",
