@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from regrow.configs.draft import Draft
 from regrow.configs.facts import Facts
-from regrow.configs.faults import Notice, Path
+from regrow.configs.faults import Notice, Path, dotted
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.all_rules import ALL_RULES
 from regrow.configs.rules.facts import FACT_RULES
@@ -22,6 +22,9 @@ _STAND_INS: dict[str, Any] = {
     "datasets": [{"path": "x", "type": "completion"}],
 }
 """Values for required keys that are at fault, so that the rules between the others still run."""
+
+_LONGEST_NAME = 60
+"""Twice the length of the longest key."""
 
 _EXPECTED = {
     "int": "a whole number",
@@ -35,6 +38,11 @@ _EXPECTED = {
     "mapping": "a map of keys",
 }
 """First word of a pydantic error type -> what was expected, in the author's words."""
+
+
+_SUGGESTIONS = 20
+"""Unknown keys for which a known one is looked for, some milliseconds each; a recipe with more of
+them is a file of another kind."""
 
 
 def check_types(draft: Draft) -> Recipe | None:
@@ -81,10 +89,16 @@ def _report(draft: Draft, error: ValidationError) -> set[Path]:
     for detail in error.errors(include_url=False):
         path = _real_path(draft.data, detail["loc"], detail["type"])
         found.setdefault(path, []).append(detail)  # type: ignore[arg-type]
+    told = {fault.key for fault in draft.faults}
+    unknown = 0
     for path, details in found.items():
         kind = details[0]["type"]
+        if dotted(path) in told:
+            continue  # its value was taken out, with a fault that says why
         if kind == "extra_forbidden":
-            draft.fault(path, "unknown key", _nearest(path))
+            unknown += 1
+            remedy = _nearest(path) if unknown <= _SUGGESTIONS else "Remove it"
+            draft.fault(path, "unknown key", remedy)
         elif kind == "missing":
             draft.fault(path, "this key is required", _meaning(path))
         else:
@@ -163,6 +177,8 @@ def _meaning(path: Path) -> str:
 
 def _nearest(path: Path) -> str:
     """The known key that is spelt most like the last part of `path`."""
+    if len(str(path[-1])) > _LONGEST_NAME:
+        return "Remove it"
     above = [part for part in path[:-1] if not isinstance(part, int)]
     field = _field(tuple(above)) if above else None
     model = _nested(field.annotation) if field else None

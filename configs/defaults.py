@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
 from regrow.configs.optimizers import LOW_RANK, PACKAGES
 from regrow.configs.recipe import Recipe
-from regrow.configs.sections.adapter import AdapterSection
 from regrow.configs.sections.reporting import PACKAGES as PACKAGES_OF_REPORTERS
-from regrow.configs.unread import reads_conversations, unread
+from regrow.configs.local_paths import is_on_the_hub
+from regrow.configs.unread import SPOKEN_OF, reads_conversations, unread
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,43 @@ Default = Callable[[Recipe, frozenset[str]], Iterator[Set | Notice]]
 
 
 def fill_in(recipe: Recipe, given: frozenset[str], draft: Draft) -> Recipe:
-    """`recipe` with everything filled in that follows from the rest; notices go to the draft."""
-    as_given = recipe
+    """`recipe` with everything filled in that follows from the rest; notices go to the draft.
+
+    What nothing reads beside the rest is taken out, so that it decides nothing, and told.
+    """
+    ignored: dict[str, Notice] = {}
+    while True:
+        filled, notices = _filled_in(recipe, given)
+        more = {n.keys[0]: n for n in unread(recipe, filled, given) if n.keys[0] not in ignored}
+        ignored |= more
+        dropped = {key.partition(".")[0] for key in more} & (Recipe.model_fields.keys() - SPOKEN_OF)
+        dropped -= {"fsdp_config"}  # placement, which its other entries need
+        if not dropped:
+            break
+        recipe, given = _without(recipe, dropped), given - dropped
+    draft.notices += [*notices, *ignored.values()]
+    return filled
+
+
+def _filled_in(recipe: Recipe, given: frozenset[str]) -> tuple[Recipe, list[Notice]]:
+    notices: list[Notice] = []
     for default in _DEFAULTS:
         for step in default(recipe, given):
             if isinstance(step, Notice):
-                draft.notices.append(step)
+                notices.append(step)
                 continue
             recipe = recipe.model_copy(update={step.key: step.value})
             if step.why:
-                draft.notices.append(Notice("set", (step.key,), step.why, step.value))
-    draft.notices += unread(as_given, recipe, given)
-    return recipe
+                notices.append(Notice("set", (step.key,), step.why, step.value))
+    return recipe, notices
+
+
+def _without(recipe: Recipe, keys: Collection[str]) -> Recipe:
+    """As if its author had not given them."""
+    defaults = {key: Recipe.model_fields[key].default for key in keys}
+    rest = recipe.model_copy(update=defaults)
+    rest.model_fields_set.difference_update(keys)
+    return rest
 
 
 def accumulation_follows_batch_size(
@@ -92,6 +117,8 @@ def datasets_follow_the_recipe(recipe: Recipe, given: frozenset[str]) -> Iterato
             update: dict[str, Any] = {}
             if not reads_conversations(recipe, entry):
                 update |= {"chat_template": None, "chat_template_jinja": None}
+            if not is_on_the_hub(entry.path):
+                update |= {"name": None, "revision": None}
             if entry.chat_template is None and entry.type == "chat_template":
                 update["chat_template"] = recipe.chat_template or "tokenizer_default"
                 update["chat_template_jinja"] = recipe.chat_template_jinja
@@ -138,6 +165,16 @@ def sequence_len_is_axolotls(recipe: Recipe, given: frozenset[str]) -> Iterator[
         yield Set("sequence_len", recipe.sequence_len, "it is Axolotl's default")
 
 
+def steps_of_warmup_win(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """As in Axolotl; two that are above 0 are a fault."""
+    if recipe.warmup_steps == 0 and recipe.warmup_ratio:
+        why = "`warmup_steps: 0` comes first, as in Axolotl: there is no warm-up"
+        yield Notice("ignored", ("warmup_ratio",), why)
+        yield Set("warmup_ratio", None)
+    elif recipe.warmup_steps is not None and recipe.warmup_ratio == 0:
+        yield Set("warmup_ratio", None)
+
+
 def warmup_is_axolotls(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """Axolotl: 3 % of all steps, at most 100; the cap needs the number of steps, so not here."""
     no_warmup = ("constant", "reduce_lr_on_plateau")
@@ -153,10 +190,12 @@ def a_lowest_rate_is_transformers_scheduler(
 ) -> Iterator[Set | Notice]:
     """The same curve under Transformers' name: (1 - r) * cosine + r."""
     own = recipe.lr_quadratic_warmup or recipe.cosine_constant_lr_ratio  # a curve of Regrow's
-    if recipe.lr_scheduler == "cosine" and recipe.cosine_min_lr_ratio and not own:
+    if recipe.lr_scheduler == "cosine" and recipe.cosine_min_lr_ratio == 0 and not own:
+        yield Set("cosine_min_lr_ratio", None)  # where a cosine ends anyway
+    elif recipe.lr_scheduler == "cosine" and recipe.cosine_min_lr_ratio and not own:
         why = f"cosine_min_lr_ratio is {recipe.cosine_min_lr_ratio}"
         yield Set("lr_scheduler", "cosine_with_min_lr", why)
-        kwargs = {**recipe.lr_scheduler_kwargs, "min_lr_rate": recipe.cosine_min_lr_ratio}
+        kwargs = {"min_lr_rate": recipe.cosine_min_lr_ratio, **recipe.lr_scheduler_kwargs}
         yield Set("lr_scheduler_kwargs", kwargs, why)
 
 
@@ -177,15 +216,6 @@ def validating_follows_its_keys(recipe: Recipe, given: frozenset[str]) -> Iterat
         yield Set("eval_strategy", "no")
     else:
         yield Set("eval_strategy", "steps" if asked else "epoch")
-
-
-def adapter_keys_need_an_adapter(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
-    """LoRA's keys without `adapter` do nothing, as in Axolotl."""
-    if recipe.uses_adapter:
-        return
-    for key, field in AdapterSection.model_fields.items():
-        if getattr(recipe, key) not in (field.default, 0, ()) and key != "lora_model_dir":
-            yield Notice("ignored", (key,), "`adapter` is not set, so all weights are trained")
 
 
 def qlora_means_four_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
@@ -262,11 +292,11 @@ _DEFAULTS: tuple[Default, ...] = (
     datasets_follow_the_recipe,
     keys_of_order_need_their_ground,
     sequence_len_is_axolotls,
+    steps_of_warmup_win,
     warmup_is_axolotls,
     a_lowest_rate_is_transformers_scheduler,
     saving_follows_its_keys,
     validating_follows_its_keys,
-    adapter_keys_need_an_adapter,
     qlora_means_four_bits,
     loftq_is_an_initialisation,
     a_run_id_is_a_name,

@@ -12,6 +12,8 @@ Path = tuple[str | int, ...]
 """Where a value is: ("datasets", 0, "type")."""
 
 _LONGEST_VALUE = 60  # characters; a message line stays readable
+_LONGEST_KEY = 100  # more than any path of keys that people write
+_MOST_SHOWN = 100  # faults; the first recipe of most people has fewer than ten
 
 
 def dotted(path: Path) -> str:
@@ -59,9 +61,10 @@ class Fault:
     def _written(self) -> str:
         if not self.key:
             return ""
+        key = self.key if len(self.key) <= _LONGEST_KEY else f"{self.key[:_LONGEST_KEY]}..."
         if self.value is None:
-            return f"`{self.key}`"
-        return f"`{self.key}: {_brief(self.value, self.key)}`"
+            return f"`{key}`"
+        return f"`{key}: {_brief(self.value, self.key)}`"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ class RecipeError(ValueError):
         self.source = source
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         head = f"{printable(source)} cannot run: {count}"
-        lines = [head, *(f"  {fault}" for fault in faults)]
+        lines = [head, *(f"  {fault}" for fault in faults[:_MOST_SHOWN])]
+        if len(faults) > _MOST_SHOWN:
+            lines.append(f"  and {len(faults) - _MOST_SHOWN} more")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,8 +121,8 @@ def _shown(value: Any) -> str:
 
 def _brief(value: Any, key: str = "") -> str:
     """`value` on one line, cut short, without a secret."""
-    if isinstance(value, bool):
-        text = "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        text = "null" if value is None else "true" if value else "false"
     elif isinstance(value, str):
         plain = value.strip() == value and value and value.isprintable()
         text = value if plain else repr(value)

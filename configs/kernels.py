@@ -31,6 +31,8 @@ def read_kernels(draft: Draft) -> None:
     """
     if isinstance(draft.data.get("kernels"), bool):  # YAML reads `off` and `on` so
         draft.data["kernels"] = "auto" if draft.data["kernels"] else "off"
+    if draft.data.get("kernels") == ["auto"]:
+        draft.data["kernels"] = "auto"
     given = {key: draft.data.pop(key) for key in all_words() if key in draft.data}
     for key, value in given.items():
         if not isinstance(value, bool):
@@ -42,7 +44,7 @@ def read_kernels(draft: Draft) -> None:
     left_out = [name for name, words in _WORDS.items() if _is_off(words, given)]
     chosen: Any = [name for name in get_args(KernelName) if name not in left_out]
     if left_out:
-        draft.data["kernels"] = chosen
+        draft.data["kernels"] = ["auto", *chosen]
     for name, words in _WORDS.items():
         why = f"its `{name}` does the same{', and is left out' if name in left_out else ''}"
         draft.notices += [Notice("renamed", (w,), why, "kernels") for w in words if w in given]

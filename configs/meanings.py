@@ -10,7 +10,6 @@ from regrow.configs.faults import Notice
 
 def read_meanings(draft: Draft) -> None:
     """Say each of them in the words of our fields, with a notice."""
-    _safetensors(draft)
     _packed_length(draft)
     _expert_balance(draft)
     _perplexity(draft)
@@ -18,14 +17,12 @@ def read_meanings(draft: Draft) -> None:
     _lowest_rate(draft)
     _whole_logging_steps(draft)
     _checkpointing(draft)
-
-
-def _safetensors(draft: Draft) -> None:
-    """True is what happens anyway; false is told."""
-    if draft.data.get("save_safetensors") is True:
-        del draft.data["save_safetensors"]
-    elif draft.data.get("save_safetensors") is False:
-        draft.data["save_safetensors"] = "false"  # false, and yet not "off"
+    _pushing(draft)
+    _computing_type(draft)
+    # What happens anyway: the newest checkpoint is gone on from, and nothing is watched.
+    for key, anyway in (("resume_from_checkpoint", True), ("wandb_watch", False)):
+        if draft.data.get(key) is anyway:
+            del draft.data[key]
 
 
 def _packed_length(draft: Draft) -> None:
@@ -126,3 +123,45 @@ def _checkpointing(draft: Draft) -> None:
     if kind == "offload_disk":
         why = "activations wait in the host's memory, not on its disk"
         draft.set(("gradient_checkpointing",), "offload", why)
+    kept = draft.data.get("selective_checkpointing")
+    if isinstance(kept, dict) and kept not in ({}, {"save": ["attention"]}):
+        del draft.data["selective_checkpointing"]
+        why = "beside a layer's input only attention's results can be kept: see `selective`"
+        draft.ignore("selective_checkpointing", why)
+    _way_of_checkpointing(draft, "activation_offloading", "offload")
+    _way_of_checkpointing(draft, "selective_checkpointing", "selective")
+
+
+def _way_of_checkpointing(draft: Draft, key: str, value: str) -> None:
+    """Axolotl's form of what is a value of `gradient_checkpointing` here."""
+    wanted, kind = draft.data.pop(key, None), draft.data.get("gradient_checkpointing")
+    if not wanted:
+        return
+    if not kind:
+        remedy = f"Add `gradient_checkpointing: {value}`"
+        draft.fault((key,), "`gradient_checkpointing` is off", remedy, wanted)
+    elif kind is True:
+        draft.set(("gradient_checkpointing",), value, f"`{key}` asks for it")
+    elif kind != value:
+        draft.ignore(key, f"`gradient_checkpointing: {kind}` says how")
+
+
+def _pushing(draft: Draft) -> None:
+    """A model with a name on the hub goes there, unless this says that it does not."""
+    push = draft.data.pop("push_to_hub", None)
+    named = draft.data.get("hub_model_id")
+    if push is False and named:
+        draft.set(("hub_model_id",), None, "`push_to_hub: false` is given")
+        del draft.data["hub_model_id"]
+    elif push and not named:
+        draft.fault(("push_to_hub",), "it names no destination", "Use `hub_model_id`", push)
+
+
+_TYPES = {True: ("bfloat16", "torch.bfloat16"), False: ("float32", "torch.float32")}
+
+
+def _computing_type(draft: Draft) -> None:
+    """`torch_dtype` is told of where it says otherwise than `bf16`, which decides."""
+    computes = draft.data.get("bf16", "auto") is not False
+    if draft.data.get("torch_dtype") in (*_TYPES[computes], "auto"):
+        del draft.data["torch_dtype"]

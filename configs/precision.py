@@ -10,9 +10,10 @@ _ON: tuple[object, ...] = (True, "full")
 
 def read_precision(draft: Draft) -> None:
     """`bfloat16`, `float32`, `fp16` and `float16` are values of `bf16` here."""
+    full = draft.data.get("float32") is True
     _same_word(draft, "bfloat16", True, ())
     _same_word(draft, "float32", False, _ON)
-    _half(draft)
+    _half(draft, full)
 
 
 def _same_word(draft: Draft, name: str, meaning: bool, contrary: tuple[object, ...]) -> None:
@@ -27,11 +28,13 @@ def _same_word(draft: Draft, name: str, meaning: bool, contrary: tuple[object, .
         draft.fault((name,), "expected true or false", "Use `bf16`", given)
 
 
-def _half(draft: Draft) -> None:
+def _half(draft: Draft, full: bool) -> None:
     """float16 is bfloat16 here: as many bits, no loss scaling, and every run resumes exactly."""
     for name in ("fp16", "float16"):
         given = draft.data.pop(name, False)
-        if given is True and draft.data.get("bf16") not in _ON:
+        if given is True and full:
+            draft.fault((name,), "`float32` says otherwise", "Keep one of the two", given)
+        elif given is True and draft.data.get("bf16") not in _ON:
             why = (
                 f"`{name}: true` asks for 16 bits, and those of float16 need loss scaling, which "
                 "is not here; bfloat16 takes the same memory"

@@ -27,6 +27,7 @@ from regrow.configs.vocabulary import (
     Renamed,
     Word,
     is_off,
+    needs_no_word,
 )
 
 _LEGACY_ATTENTION = (
@@ -95,11 +96,11 @@ def _apply(draft: Draft, path: Path, word: Word) -> None:
     if isinstance(word, Renamed):
         _move(draft, path, (*above, word.to), word.why)
         return
-    if not is_off(str(key), value):
-        if isinstance(word, Ignored):
+    if isinstance(word, Ignored):
+        if not needs_no_word(str(key), value):
             draft.ignore(str(key), word.why)
-        else:
-            draft.fault(path, word.why, word.remedy)
+    elif not is_off(str(key), value):
+        draft.fault(path, word.why, word.remedy)
     del parent[key]
 
 

@@ -13,6 +13,7 @@ from regrow.configs.faults import Notice
 from regrow.configs.local_paths import is_on_the_hub
 from regrow.configs.optimizers import LOW_RANK
 from regrow.configs.recipe import Recipe
+from regrow.configs.sections.adapter import AdapterSection
 from regrow.configs.sections.data import Dataset
 from regrow.configs.sections.dataset_types import is_own_code
 
@@ -29,7 +30,9 @@ def unread(as_given: Recipe, recipe: Recipe, given: frozenset[str]) -> Iterator[
         as_given: the recipe before it was filled in, which takes unread templates away.
     """
     for find in _FINDS:
-        source = as_given if find is templates_of_datasets else recipe
+        # Filling in takes these out of the datasets.
+        of_entries = find in (templates_of_datasets, places_of_datasets)
+        source = as_given if of_entries else recipe
         for key, why in find(source, given):
             yield Notice("ignored", (key,), why)
 
@@ -124,8 +127,11 @@ def keys_of_the_best_model(recipe: Recipe, given: frozenset[str]) -> Iterator[Un
 
 
 def keys_of_adapters(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
-    """What an adapter that is gone on with has already, and what needs another key."""
+    """What needs an adapter; what one that is gone on with has already; what needs another key."""
     if not recipe.uses_adapter:
+        for key, field in AdapterSection.model_fields.items():
+            if getattr(recipe, key) not in (field.default, 0, ()):
+                yield key, "`adapter` is not set, so all weights are trained"
         return
     if recipe.lora_model_dir:
         keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", *_OF_FRESH)
@@ -233,6 +239,9 @@ def names_of_runs(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
 def _type(entry: Any) -> str:
     return f"`type: {entry.type}`" if isinstance(entry.type, str) else "a map of prompts"
 
+
+SPOKEN_OF = frozenset({"model_type", "tokenizer_type"})
+"""Keys that are ignored and yet stay in a recipe: rules look at them, and no stage does."""
 
 _FINDS: tuple[Find, ...] = (
     keys_of_conversations,

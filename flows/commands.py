@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -189,16 +190,34 @@ def _require_server(url: str) -> None:
 
 
 def _open_prefect(workplace: Workplace) -> None:
-    """Use the user's Prefect server, or one of our own that comes up while MLflow is imported."""
+    """Use the user's Prefect server, or one of our own that comes up while we import the rest."""
     url = workplace.settings.prefect_api_url
     if url is not None:
         _require_server(url)
+        _import_the_rest()
         return
     quiet_environment(private_server=True)
     server = PrivateServer(workplace.home)
     server.start()
-    tracking.preload()
+    _import_the_rest()
     server.wait()
+
+
+def _import_the_rest() -> None:
+    """Import MLflow and Prefect.
+
+    Here, and not by the thread that first writes into MLflow: two threads that import large
+    packages at once can meet each other's half-imported modules. And as what lasts until the
+    process ends: searched for garbage again and again while it grows, and walked through once more
+    at the end, it would take a second longer (3.2 s instead of 4.1 s, measured on 2 cores).
+    """
+    gc.disable()
+    try:
+        tracking.preload()
+        from regrow.flows import finetune  # noqa: F401 (imports Prefect)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _print_end(session: Session, workplace: Workplace, shown: int | None) -> None:

@@ -20,12 +20,13 @@ from regrow.infra import mlflow_pages
 from regrow.infra.artifacts import ArtifactStore, Record
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.tracking import Dataset, RunInfo, Tracker
-from regrow.tasks import lineage, pictures
+from regrow.tasks import lineage
 from regrow.tasks.build import Outcome, stage_key
 from regrow.tasks.headline import headline, headline_of
 from regrow.tasks.stage import Stage, canonical
 
 _MOST_FILES = 6  # source files named in a description; the others are among the run's datasets
+_STORE = "regrow.store"  # tag: in which store a stage is built
 _KEY_CHARACTERS = 12  # of a key or digest, as everywhere else in what people read
 
 
@@ -83,7 +84,8 @@ class Journal:
     def start_stage(self, stage: Stage) -> str:
         """The child run of a stage that is about to be built; its id."""
         self._close_dead(stage)
-        tags = {**self._tags(stage), "cached": "false", "stage.page": "true"}
+        store = {_STORE: self._artifacts.store.id}
+        tags = {**self._tags(stage), **store, "cached": "false", "stage.page": "true"}
         run_id = self._tracker.start_run(stage.title, tags, "", self._parent)
         self._open.add(run_id)
         return run_id
@@ -95,9 +97,13 @@ class Journal:
         return tags | {"stage.inputs": " ".join(inputs)}
 
     def _close_dead(self, stage: Stage) -> None:
-        """Runs that built this key before were killed: who starts now holds the key's lease."""
+        """Runs that built this key before were killed: who starts now holds the key's lease.
+
+        Of this store, that is: in another one that MLflow shows, somebody may be building it now.
+        """
         dead = self._tracker.find_runs(
             f"tags.`stage.key` = '{stage.key}' and attributes.status = 'RUNNING'"
+            f" and tags.`{_STORE}` = '{self._artifacts.store.id}'"
         )
         for run in dead:
             self._tracker.set_tags(run.run_id, {"cached": "failed", "stage.page": "false"})
@@ -342,6 +348,8 @@ class Journal:
         return known
 
     def _log_pictures(self, run_id: str, record: Record) -> None:
+        from regrow.tasks import pictures  # matplotlib takes half a second to import
+
         for name, png in pictures.of_stage(record.stage, record.result).items():
             self._tracker.log_figure_bytes(run_id, png, f"plots/{name}.png")
         for name, page in self._html_files(record).items():

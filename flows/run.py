@@ -15,6 +15,7 @@ from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.flows import run_page
 from regrow.flows.interruption import remembered
+from regrow.flows.other_machines import OtherMachines
 from regrow.flows.progress import say
 from regrow.flows.session import Origin, Session
 from regrow.flows.stage_task import StageFailed, StagePreempted, StageRunner
@@ -55,6 +56,7 @@ class FlowRun:
             self.plan, workplace, tracker, self._origin(), say, run_page.progress_bar
         )
         self._run_stage = StageRunner(self._session)
+        self._others = OtherMachines(say)
         self._pauses = PauseWatch()
         self._signals = remembered()
         self._signals.__enter__()
@@ -62,7 +64,12 @@ class FlowRun:
 
     def __call__(self, stage: Stage) -> Outcome:
         """Build a stage, as a Prefect task."""
-        return self._run_stage(stage)
+        outcome = None
+        try:
+            outcome = self._run_stage(stage)
+            return outcome
+        finally:
+            self._others.ended(stage, outcome)
 
     def __exit__(
         self,
@@ -72,6 +79,8 @@ class FlowRun:
     ) -> bool:
         self._pauses.stop()
         self._signals.__exit__(None, None, None)
+        if self._recipe.launcher == "torchrun":
+            self._others.send_away(error)
         status = _mlflow_status(error)
         self._session.close(status)
         run_page.show_summary(self._session, self._workplace, status)

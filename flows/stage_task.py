@@ -63,5 +63,6 @@ class StageRunner:
             wait_for=[self._states[s.key] for s in stage.inputs.values() if s.key in self._states],
             return_state=True,
         )
-        self._states[stage.key] = state
+        # For the edge alone: Prefect would look for futures in all that the outcome holds.
+        self._states[stage.key] = state.model_copy(update={"data": stage.key})
         return state.result()

@@ -7,11 +7,11 @@ from typing import Any
 from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from regrow.flows.workplace import Workplace
 from regrow.infra.settings import load_settings, quiet_environment
-from regrow.infra.store import expand
+from regrow.infra.store import expand, identity, is_url
 from regrow.tasks.stage import StageError, fingerprint
 
 CHANGED = "regrow.data.changed"
@@ -33,12 +33,17 @@ def watch_source(url: str, name: str, store: str | None = None) -> Any:
     files = expand(url)
     if not files:
         raise StageError(f"{url}: there is nothing to watch; check the address")
-    digest = fingerprint({file: place.memo.sha256(file) for file in files})
     note = f"watch/{name}.json"
+    # Of another address, or of a watch that was given up meanwhile, nothing is to be remembered.
+    this = {"url": url, "deployment": deployment.id}
     before = _remembered(place, note)
-    if before == digest:
+    if {key: before.get(key) for key in this} != this:
+        before = {}
+    seen = _look(place, files, before.get("files", {}))
+    digest = fingerprint({file: sha256 for file, (_, _, sha256) in seen.items()})
+    if before.get("digest") == digest:
         return None
-    if before is not None:
+    if before:
         # Started by a call that is answered. An event is sent and forgotten, and a busy server on
         # SQLite drops some ("database is locked", then its dead letters: seen on two cores).
         run_deployment(
@@ -51,12 +56,27 @@ def watch_source(url: str, name: str, store: str | None = None) -> Any:
         payload = {"url": url, "digest": digest}
         emit_event(CHANGED, {"prefect.resource.id": f"regrow.data.{name}"}, payload=payload)
     # Last: told twice starts a run that finds all its stages done, not told starts none.
-    place.artifacts.store.write_bytes(note, json.dumps({"digest": digest}).encode())
+    known = this | {"digest": digest, "files": seen}
+    place.artifacts.store.write_bytes(note, json.dumps(known).encode())
     return None
 
 
-def _remembered(place: Workplace, note: str) -> str | None:
+def _look(
+    place: Workplace, files: list[str], before: dict[str, list[Any]]
+) -> dict[str, tuple[int, str, str]]:
+    """{file: (bytes, mark, sha256)}; what the store knows of a URL that has not changed is not read
+    again. (A pod's own memory ends with it, and the next look is another pod's.)"""
+    seen = {}
+    for file in files:
+        size, mark = identity(file)
+        known = before.get(file, [])
+        same = is_url(file) and mark and known[:2] == [size, mark]
+        seen[file] = (size, mark, known[2] if same else place.memo.sha256(file))
+    return seen
+
+
+def _remembered(place: Workplace, note: str) -> dict[str, Any]:
     try:
-        return json.loads(place.artifacts.store.read_bytes(note))["digest"]
+        return json.loads(place.artifacts.store.read_bytes(note))
     except FileNotFoundError:
-        return None
+        return {}

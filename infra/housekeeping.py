@@ -23,7 +23,7 @@ Inputs = Callable[[str], Collection[str]]
 
 @dataclass(frozen=True)
 class Holding:
-    """One artifact, complete or not, as it lies in the store; or an attempt beside a complete one."""
+    """One artifact, complete or not, as it lies in the store; or a leftover beside it."""
 
     key: str
     record: Record | None

@@ -36,7 +36,12 @@ class InUse:
         Args:
             but: a key whose lease does not count: the asker's own.
         """
-        found: set[str] = set()
+        held = self._held(but)
+        return {*held, *(name for needs in held.values() for name in needs)}
+
+    def _held(self, but: str = "") -> dict[str, list[str]]:
+        """{key: what its holder needs} of all leases that are held."""
+        found: dict[str, list[str]] = {}
         for key, version in self._newest().items():
             if key == but or self._free.get(key) == version:
                 continue
@@ -44,19 +49,18 @@ class InUse:
             if needs is None:
                 self._free[key] = version
             else:
-                found |= {key, *needs}
+                found[key] = needs
         return found
 
     def settle(self) -> None:
         """Return when every holder has shown that it is alive, or has been silent for its time."""
+        self._held()  # the first look: what beats afterwards is alive
         begun = time.monotonic()
-        while any(not self._sure(key, begun) for key in self.now()):
+        while any(not self._has_beaten(key, begun) for key in self._held()):
             time.sleep(_POLL_SECONDS)
 
-    def _sure(self, key: str, begun: float) -> bool:
-        if key not in self._leases:  # what a holder needs, not a lease
-            return True
-        return time.monotonic() - self._leases[key].silent_for() > begun
+    def _has_beaten(self, key: str, since: float) -> bool:
+        return time.monotonic() - self._leases[key].silent_for() > since
 
     def _newest(self) -> dict[str, tuple[str, datetime]]:
         """{key: (name, time) of its newest lease file}; a heartbeat changes the time."""

@@ -110,7 +110,7 @@ class Lease:
         number = 0 if newest is None else newest[0] + 1
         if not self._store.create(self._name(number), self._content()):
             return False
-        self._number = number
+        self._number, self._lost, self._stop = number, False, threading.Event()
         self._forget_before(number)
         self._thread = threading.Thread(
             target=self._beat, name=f"lease {self._folder}", daemon=True

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from regrow.infra.digests import DigestMemo
 from regrow.infra.settings import load_settings
 from regrow.infra.store import Store, StoreError, identity
 
@@ -51,6 +52,11 @@ def local_copy(url: str, patterns: Sequence[str] | None = None) -> Path:
         for path in partial.values():
             path.unlink(missing_ok=True)
     return folder
+
+
+def memo_of_copies() -> DigestMemo:
+    """Remembered digests of this machine's copies: each is hashed once, not in every stage."""
+    return DigestMemo(load_settings().home / "digests.sqlite")
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:

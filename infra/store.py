@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -121,7 +122,9 @@ def open_url(url: str) -> IO[bytes]:
     """
     raw = open_raw(url)
     compression = infer_compression(url.split("?", 1)[0] if is_url(url) else url)
-    return cast(IO[bytes], compr[compression](raw, mode="rb")) if compression else raw
+    # fsspec's table of decompressing readers is typed by its first entry, {None: ...}.
+    readers = cast(dict[str, Callable[..., IO[bytes]]], compr)
+    return readers[compression](raw, mode="rb") if compression else raw
 
 
 def open_raw(url: str) -> IO[bytes]:
@@ -400,10 +403,11 @@ class Store:
                 self._fs.rm(path, recursive=True)
             return
         there = self._call(lambda: self._fs.find(path))
-        if there or self._has_folders:
+        if there or not self._is_s3:
             with contextlib.suppress(FileNotFoundError):
-                what = path if self._has_folders else there
-                self._call(lambda: self._fs.rm(what, recursive=self._has_folders))
+                # What is known is not listed once more.
+                what = there if self._is_s3 else path
+                self._call(lambda: self._fs.rm(what, recursive=not self._is_s3))
         # S3 answers a removal of many names with success and tells of each refusal within, which
         # s3fs passes over. Removed alone, a name's refusal is an error, and a passing one passes.
         left = set(there) & set(self._call(lambda: self._fs.find(path))) if there else set()
@@ -413,10 +417,11 @@ class Store:
 
     def prune(self, name: str) -> None:
         """Remove a directory that holds nothing; object stores have no directories."""
-        if self._has_folders:
+        if self._has_folders or self._fs.protocol == "memory":
             with contextlib.suppress(OSError):  # not empty, or not there
                 self._fs.rmdir(self.path(name))
 
+    @cached_property
     def id(self) -> str:
         """A name that this store has and no other, made when first asked for."""
         name = "store-id"

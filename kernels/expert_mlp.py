@@ -8,6 +8,9 @@ The routing weight is put on `a`, before the last product, which is linear: so i
 sum(da * a) and the product's result need not be kept. Saved are x, [g | u] and the low-rank
 results; rows sorted by expert and `a` are made again, as in `lora_mlp`.
 
+Ranks that are no multiple of 8 are filled up with zeros: torch's grouped product wants rows of a
+multiple of 16 bytes, and the low-rank results have a row of r elements.
+
 PEFT folds W + BA for every expert in each forward pass; here the low-rank products of a token's own
 experts alone are made.
 
@@ -17,6 +20,8 @@ F width of an expert, r rank.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +29,11 @@ import torch
 from torch import Tensor
 
 from regrow.kernels import swiglu
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 16  # bytes, of torch's grouped product
+_RANK_MULTIPLE = 8  # elements of 16 bits in that
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ def _one(x: Tensor, projection: ExpertProjection, expert: int) -> Tensor:
 
 def _grouped(x_SI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """[S, O]: the rows of each expert times its matrix."""
-    if _has_grouped(x_SI):
+    if _has_grouped(x_SI, w_EIO):
         return _grouped_mm(x_SI, w_EIO, ends_E)
     out_SO = x_SI.new_zeros(len(x_SI), w_EIO.shape[2])
     for expert, rows in enumerate(_slices(ends_E)):
@@ -79,14 +89,65 @@ def _grouped(x_SI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 def _grouped_gradient(x_SI: Tensor, dy_SO: Tensor, ends_E: Tensor) -> Tensor:
     """[E, I, O]: x^T dy over the rows of each expert."""
-    if _has_grouped(x_SI):
-        return _grouped_mm(x_SI.t(), dy_SO, ends_E)
+    if _has_grouped(x_SI.t(), dy_SO):
+        made_EIO = _grouped_mm(x_SI.t(), dy_SO, ends_E)
+        if _leaves_empty(x_SI):
+            empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
+            made_EIO.masked_fill_(empty_E[:, None, None], 0)
+        return made_EIO
     parts = [x_SI[rows].t() @ dy_SO[rows] for rows in _slices(ends_E)]
     return torch.stack(parts)
 
 
-def _has_grouped(x: Tensor) -> bool:
+def _has_grouped(*factors: Tensor) -> bool:
+    """Whether torch's grouped product takes them; said once where it does not."""
+    if not all(_is_half_on_gpu(factor) for factor in factors):
+        return False
+    odd = [tuple(factor.shape) for factor in factors if not _is_aligned(factor)]
+    if odd:
+        _warn_once(str(odd[0]))
+    return not odd
+
+
+def _is_half_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Rows or columns in one piece, each beginning at a multiple of 16 bytes, as TMA loads them."""
+    *batch, rows, columns = x.stride()
+    if columns != 1 and rows != 1:
+        return False
+    steps = [*batch, rows if columns == 1 else columns]
+    return all(n * x.element_size() % _ALIGNMENT == 0 for n in (*steps, x.storage_offset()))
+
+
+@functools.lru_cache(maxsize=16)
+def _warn_once(shape: str) -> None:
+    logger.warning(
+        "experts run one after the other, which is slow: a matrix %s has no rows of a multiple of "
+        "%d bytes",
+        shape,
+        _ALIGNMENT,
+    )
+
+
+def _leaves_empty(x: Tensor) -> bool:
+    """Whether the gradient of an expert without rows might not be written.
+
+    On Hopper it is zero (tests/kernels/test_expert_mlp.py, H100); no other card has been seen.
+    """
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0)
+
+
+def _padded_rank(p: ExpertProjection) -> ExpertProjection:
+    """With rows of zeros in a and b up to a rank whose rows the grouped product takes."""
+    missing = 0 if p.a is None else -p.a.shape[1] % _RANK_MULTIPLE
+    if p.a is None or p.b is None or not missing:
+        return p
+    pad = torch.nn.functional.pad
+    rows = (0, 0, 0, missing)
+    return ExpertProjection(p.weight, pad(p.a, rows), pad(p.b, rows), p.scaling)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
@@ -240,6 +301,7 @@ def expert_mlp(
         )
     if activation not in swiglu.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(swiglu.ACTIVATIONS)}")
-    parts = [t for p in (gate_up, down) for t in (p.weight, p.a, p.b)]
+    padded = _padded_rank(gate_up), _padded_rank(down)
+    parts = [t for p in padded for t in (p.weight, p.a, p.b)]
     scalings = gate_up.scaling, down.scaling
     return _ExpertMLP.apply(x_TH, index_Tk, weights_Tk, activation, scalings, *parts)

@@ -85,10 +85,10 @@ def _padded(columns: int) -> int:
     return -(-columns // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
 
 
-def _sum_dtype(head_VH: Tensor, rows: int, chunk_rows: int) -> torch.dtype:
-    """Several chunks add up in float32 at least; one is rounded once in any case."""
+def _sum_dtype(head_VH: Tensor, rows: int, chunk_rows: int, exact: bool) -> torch.dtype:
+    """Several chunks add up in float32 at least; one is rounded once, unless `exact`."""
     wide = torch.promote_types(head_VH.dtype, torch.float32)
-    return wide if rows > chunk_rows else head_VH.dtype
+    return wide if exact or rows > chunk_rows else head_VH.dtype
 
 
 def _fake(hidden_NH, head_VH, targets_N, rows_n, weights_N, options, flags, budget):
@@ -99,7 +99,7 @@ def _fake(hidden_NH, head_VH, targets_N, rows_n, weights_N, options, flags, budg
     dhead = hidden_NH.new_empty(0)
     if flags[1]:
         rows = _chunk_rows(len(hidden_NH), _padded(len(head_VH)), budget)
-        dhead = torch.empty_like(head_VH, dtype=_sum_dtype(head_VH, len(hidden_NH), rows))
+        dhead = torch.empty_like(head_VH, dtype=_sum_dtype(head_VH, len(hidden_NH), rows, flags[2]))
     return losses_N, log_probs_N, dhidden, dhead
 
 
@@ -129,7 +129,7 @@ def _linear_cross_entropy(
     hidden_nH = hidden_NH.index_select(0, rows_n)
     dhidden_nH = torch.empty_like(hidden_nH) if flags[0] else None
     rows = _chunk_rows(len(hidden_NH), _padded(len(head_VH)), budget)
-    kind = _sum_dtype(head_VH, len(hidden_NH), rows)
+    kind = _sum_dtype(head_VH, len(hidden_NH), rows, flags[2])
     dhead_VH = torch.empty_like(head_VH, dtype=kind) if flags[1] else None
     _through_chunks(
         hidden_nH, head_VH, targets_n, weights_n, losses_n, log_probs_n, dhidden_nH, dhead_VH,
@@ -196,9 +196,12 @@ class _LossSum(torch.autograd.Function):
     """Gradients are made in the forward pass, for an upstream gradient of one."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, head_VH, targets_N, rows_n, weights_N, options, flags, budget):
+    def forward(
+        ctx, hidden_NH, head_VH, low_VH, targets_N, rows_n, weights_N, options, flags, budget
+    ):
+        low_VH = head_VH.to(hidden_NH.dtype) if low_VH is None else low_VH
         losses_N, _, dhidden, dhead = _linear_cross_entropy(
-            hidden_NH, head_VH, targets_N, rows_n, weights_N, options, flags, budget
+            hidden_NH, low_VH, targets_N, rows_n, weights_N, options, flags, budget
         )
         ctx.save_for_backward(dhidden, dhead)
         ctx.flags, ctx.dtype = flags, head_VH.dtype
@@ -210,7 +213,7 @@ class _LossSum(torch.autograd.Function):
         dhidden, dhead = ctx.saved_tensors
         dhidden = _scaled(dhidden, upstream, dhidden.dtype) if ctx.flags[0] else None
         dhead = _scaled(dhead, upstream, ctx.dtype) if ctx.flags[1] else None
-        return dhidden, dhead, *[None] * 6
+        return dhidden, dhead, *[None] * 7
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,7 +234,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, head_VH, targets_N, rows_n, options, flags, budget):
         _, log_probs_N, _, _ = _linear_cross_entropy(
-            hidden_NH, head_VH, targets_N, rows_n, None, options, [False, False], budget
+            hidden_NH, head_VH, targets_N, rows_n, None, options, [False] * 3, budget
         )
         ctx.save_for_backward(hidden_NH, head_VH, targets_N, rows_n)
         ctx.options, ctx.flags, ctx.budget = options, flags, budget
@@ -257,6 +260,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     *,
     rows_n: Tensor | None = None,
+    rounded_VH: Tensor | None = None,
     weights_N: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     softcap: float | None = None,
@@ -267,7 +271,9 @@ def linear_cross_entropy(
     """Weighted sum of the losses of all rows with a target, over `normalizer`; float32 [].
 
     Args:
+        head_VH: of the dtype of hidden, or float32: then its gradient is float32 too.
         targets_N: int64, the token that row i should give (already shifted); -100 is ignored.
+        rounded_VH: a float32 head in the dtype of hidden, where its owner keeps it so.
         rows_n: int64 indices of the rows with a target. Without it they are looked up, which
             makes the host wait for the device once a call.
         weights_N: one factor per row (z-loss included); takes no gradient.
@@ -285,8 +291,8 @@ def linear_cross_entropy(
         normalizer = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
     options = [softcap or 0.0, label_smoothing, z_loss]
     total = _LossSum.apply(
-        hidden_NH, head_VH, targets_N, rows_n, weights_N, options, _wants(hidden_NH, head_VH),
-        logits_bytes,
+        hidden_NH, head_VH, rounded_VH, targets_N, rows_n, weights_N, options,
+        _wants(hidden_NH, head_VH), logits_bytes,
     )  # fmt: skip
     return total / normalizer
 
@@ -307,15 +313,19 @@ def linear_log_probs(
     """
     _check(hidden_NH, head_VH, targets_N, None)
     return _LogProbs.apply(
-        hidden_NH, head_VH, targets_N, rows_n, [softcap or 0.0, 0.0, 0.0],
+        hidden_NH, head_VH.to(hidden_NH.dtype), targets_N, rows_n, [softcap or 0.0, 0.0, 0.0],
         _wants(hidden_NH, head_VH), logits_bytes,
     )  # fmt: skip
 
 
 def _wants(hidden_NH: Tensor, head_VH: Tensor) -> list[bool]:
-    """Which gradients to make; none where autograd is off (evaluation, reentrant checkpoints)."""
+    """Which gradients to make, and whether the head's is exact.
+
+    None where autograd is off (evaluation, reentrant checkpoints).
+    """
     enabled = torch.is_grad_enabled()
-    return [enabled and hidden_NH.requires_grad, enabled and head_VH.requires_grad]
+    wider = head_VH.dtype != hidden_NH.dtype
+    return [enabled and hidden_NH.requires_grad, enabled and head_VH.requires_grad, wider]
 
 
 def _check(hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> None:
@@ -325,7 +335,7 @@ def _check(hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, weights_N: Ten
             "linear cross entropy takes hidden [N, H], head [V, H], targets [N], not "
             f"{tuple(hidden_NH.shape)}, {tuple(head_VH.shape)}, {tuple(targets_N.shape)}"
         )
-    if hidden_NH.dtype != head_VH.dtype:
+    if head_VH.dtype not in (hidden_NH.dtype, torch.float32):
         raise ValueError(f"hidden is {hidden_NH.dtype} and head is {head_VH.dtype}; cast one")
     if weights_N is not None and (weights_N.shape != (rows,) or weights_N.requires_grad):
         raise ValueError(f"weights must be [{rows}] and take no gradient")

@@ -14,9 +14,11 @@ one skinny GEMM.
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
-A frozen weight may be a function that makes the dense matrix (nf4, int8): it is called once in
-each direction, and its result is dropped after its GEMM, so that the allocator hands out one
-buffer again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
+A weight may be wider than x (float32 that is trained): it is rounded for each product, or once by
+its owner, who hands the copy over as `rounded`; its gradient is then float32, without a rounding
+between. A frozen weight may be a function that makes the dense matrix (nf4, int8): it is called
+once in each direction, and its result is dropped after its GEMM, so that the allocator hands out
+one buffer again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
 
 Sharding (FSDP2, DeepSpeed ZeRO-3): call from inside the forward of the module whose hook gathers
 the parameters. Nothing is kept outside saved tensors; gradient checkpointing may wrap the call.
@@ -51,6 +53,13 @@ class Projection:
     b: Tensor | None = None  # [O, r]
     scaling: float = 1.0
     bias: Tensor | None = None  # [O]
+    rounded: Tensor | None = None  # weight in the dtype of x, where its owner keeps it so
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] as the products take it."""
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
+        return dense(self.weight, dtype)
 
     @property
     def rank(self) -> int:
@@ -131,13 +140,13 @@ def _one(
             y_TO.addmm_(h_Tr, b_Or.t(), alpha=projection.scaling)
         return y_TO if bias is None else y_TO.add_(bias)
     if h_Tr is None or b_Or is None:
-        return linear(x_TI, dense(projection.weight, x_TI.dtype), bias)
+        return linear(x_TI, projection.matrix(x_TI.dtype), bias)
     if bias is None:
         y_TO = x_TI.new_empty(len(x_TI), len(b_Or))
         y_TO.addmm_(h_Tr, b_Or.t(), beta=0, alpha=projection.scaling)
     else:
         y_TO = torch.addmm(bias, h_Tr, b_Or.t(), alpha=projection.scaling)
-    return y_TO.addmm_(x_TI, dense(projection.weight, x_TI.dtype).t())
+    return y_TO.addmm_(x_TI, projection.matrix(x_TI.dtype).t())
 
 
 def rank_gradient(
@@ -164,18 +173,19 @@ def input_gradient(
     """dx [T, I]."""
     dx_TI = None if dh_TR is None or a_RI is None else dropped(dh_TR @ a_RI, drop)
     for dy, projection in zip(dys, group, strict=True):
-        dx_TI = _through_base(dy, projection.weight, dx_TI)
+        dx_TI = _through_base(dy, projection, dx_TI)
     assert dx_TI is not None, "a group has at least one projection"
     return dx_TI
 
 
-def _through_base(dy_TO: Tensor, weight: Base, dx_TI: Tensor | None) -> Tensor:
+def _through_base(dy_TO: Tensor, projection: Projection, dx_TI: Tensor | None) -> Tensor:
     """dx + dy W, in the memory of dx where there is one."""
+    weight = projection.weight
     if isinstance(weight, Float8Weight):
         dy8, scales_T = quantize_rows(dy_TO)
         more = float8_product(dy8, scales_T, weight.columns_IO, weight.column_scales_I, dy_TO.dtype)
         return more if dx_TI is None else dx_TI.add_(more)
-    matrix = dense(weight, dy_TO.dtype)
+    matrix = projection.matrix(dy_TO.dtype)
     return dy_TO @ matrix if dx_TI is None else dx_TI.addmm_(dy_TO, matrix)
 
 
@@ -197,7 +207,7 @@ def parameter_gradients(
     for i, (dy, projection, h) in enumerate(zip(dys, group, _parts(h_TR, group), strict=True)):
         wants_weight, wants_a, wants_b, wants_bias = wanted[4 * i : 4 * i + 4]
         end = start + projection.rank
-        grads.append(dy.t() @ x_TI if wants_weight else None)
+        grads.append(_weight_gradient(dy, x_TI, projection.weight) if wants_weight else None)
         grads.append(da_RI[start:end] if wants_a and da_RI is not None else None)
         db = (
             matmul_exact(dy.t(), h, scale=projection.scaling) if wants_b and h is not None else None
@@ -209,6 +219,13 @@ def parameter_gradients(
         None if grad is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, tensors_of(group), strict=True)
     ]
+
+
+def _weight_gradient(dy_TO: Tensor, x_TI: Tensor, weight: Any) -> Tensor:
+    """dW [O, I]: a weight that is wider than the products gets their sums as they are."""
+    if weight.dtype == torch.promote_types(dy_TO.dtype, torch.float32):
+        return matmul_exact(dy_TO.t(), x_TI)
+    return dy_TO.t() @ x_TI
 
 
 def _is_float8(group: Sequence[Projection]) -> bool:
@@ -226,7 +243,7 @@ def _parts(h_TR: Tensor | None, group: Sequence[Projection]) -> Iterator[Tensor 
 
 # ---- between projections and autograd, which sees a flat list of tensors ----
 
-Constants = tuple[Callable[[], Tensor] | Float8Weight | None, float]
+Constants = tuple[Callable[[], Tensor] | Float8Weight | None, float, Tensor | None]
 
 
 def tensors_of(group: Sequence[Projection]) -> list[Any]:
@@ -239,16 +256,19 @@ def tensors_of(group: Sequence[Projection]) -> list[Any]:
 
 
 def constants_of(group: Sequence[Projection]) -> tuple[Constants, ...]:
-    """What of each projection is no tensor."""
-    return tuple((None if isinstance(p.weight, Tensor) else p.weight, p.scaling) for p in group)
+    """What of each projection autograd does not see."""
+    return tuple(
+        (None if isinstance(p.weight, Tensor) else p.weight, p.scaling, p.rounded) for p in group
+    )
 
 
 def group_of(tensors: Sequence[Any], constants: Sequence[Constants]) -> list[Projection]:
     """The projections again, from `tensors_of` and `constants_of`."""
     group = []
-    for i, (frozen, scaling) in enumerate(constants):
+    for i, (frozen, scaling, rounded) in enumerate(constants):
         weight, a, b, bias = tensors[4 * i : 4 * i + 4]
-        group.append(Projection(weight if frozen is None else frozen, a, b, scaling, bias))
+        whole = weight if frozen is None else frozen
+        group.append(Projection(whole, a, b, scaling, bias, rounded))
     return group
 
 

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from regrow.kernels import lora_linear, swiglu
 from regrow.kernels.dropout import draw_seed
+from regrow.kernels.float8 import Float8Weight
 from regrow.kernels.lora_linear import (
     Drop,
     Projection,
     cast_adapters,
     check,
     constants_of,
-    dense,
     dropped,
     group_of,
     input_gradient,
@@ -139,7 +139,8 @@ def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
 def _materialized(layer: _Layer, dtype: Any) -> _Layer:
     """With the matrices themselves, so that not every slice makes them anew."""
     group = [
-        replace(p, weight=dense(p.weight, dtype)) if callable(p.weight) else p for p in layer.group
+        p if isinstance(p.weight, Float8Weight) else replace(p, rounded=p.matrix(dtype))
+        for p in layer.group
     ]
     return replace(layer, group=group)
 

@@ -207,13 +207,12 @@ def _mask(q_1NLH: Tensor, k_1KMH: Tensor, options: _Options) -> Tensor | None:
     """True where a query may look, the last query being the last key; None where being causal, or
     not, says it all."""
     queries, keys = q_1NLH.shape[2], k_1KMH.shape[2]
-    windowed = options.sliding_window is not None and options.sliding_window < keys
-    if not windowed and (queries == keys or not options.causal):
+    window = options.sliding_window or keys
+    if window >= keys and (queries == keys or not options.causal):
         return None
     position_L = torch.arange(keys - queries, keys, device=q_1NLH.device)
     distance_LM = position_L[:, None] - torch.arange(keys, device=q_1NLH.device)[None, :]
-    seen_LM = distance_LM >= 0
-    return seen_LM & (distance_LM < options.sliding_window) if windowed else seen_LM
+    return (distance_LM >= 0) & (distance_LM < window)
 
 
 def _capped(q_1NLH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, options: _Options) -> Tensor:

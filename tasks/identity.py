@@ -6,13 +6,13 @@ weights and their configuration. Must not import torch: a plan is made with this
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from regrow.infra import hub
 from regrow.infra.digests import DigestMemo
-from regrow.infra.model_copies import files_at
+from regrow.infra.model_copies import files_at, memo_of_copies
 from regrow.infra.store import is_url
 from regrow.tasks.stage import StageError, fingerprint
 
@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -29,6 +30,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
 
 
 def locate(base: str, revision: str | None, key: str = "base_model") -> str:
@@ -105,6 +107,48 @@ def adapter_digest(place: str, memo: DigestMemo) -> str:
             "an adapter as PEFT stores it"
         )
     return _digest_of(place, files, memo)
+
+
+def weights_at(place: str, digest: str | None) -> Path:
+    """A local directory with the model at a place; of a URL, only when it is that of the digest.
+
+    Raises:
+        StageError: when what the URL holds is not what the digest was made of.
+        HubError, StoreError: when a download fails.
+    """
+    directory = hub.local_directory(place, "model", _MODEL_FILES)
+    _check_copy(place, directory, digest, weights_digest)
+    return directory
+
+
+def adapter_at(place: str, digest: str | None) -> Path:
+    """The same for an adapter."""
+    directory = hub.local_directory(place, "model", ("adapter_*",))
+    _check_copy(place, directory, digest, adapter_digest)
+    return directory
+
+
+def tokenizer_at(place: str, digest: str, patterns: Sequence[str]) -> str:
+    """The same for a tokenizer; a place that is no URL is given back as it is."""
+    if not is_url(place) or hub.is_hub_place(place):
+        return place
+    directory = hub.local_directory(place, "model", patterns)
+    _check_copy(place, directory, digest, tokenizer_digest)
+    return str(directory)
+
+
+def _check_copy(
+    place: str, directory: Path, digest: str | None, digest_of: Callable[[str, DigestMemo], str]
+) -> None:
+    """Compare a downloaded copy with the digest that entered the key."""
+    if not is_url(place) or hub.is_hub_place(place):
+        return  # a hub's place holds its commit; a local one was read by the plan of this run
+    found = digest_of(str(directory), memo_of_copies())
+    if found != digest:
+        raise StageError(
+            f"{place} has changed since the plan was made (its digest is now {found[:12]}..., "
+            f"planned was {str(digest)[:12]}...). Run again to plan with what it is now"
+        )
 
 
 def _names(place: str) -> list[str]:

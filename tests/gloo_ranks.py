@@ -24,7 +24,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, directory: Path, *args: A
         directory: an empty one, where the ranks meet.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft"])
+    context.set_forkserver_preload([function.__module__])
     answers: Any = context.Queue()
     meeting = (directory / "meeting").as_uri()
     started = [

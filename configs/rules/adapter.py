@@ -143,7 +143,21 @@ def quantized_weights_are_not_trained(recipe: Recipe, given: frozenset[str]) -> 
         yield ("load_in_8bit",), "`load_in_4bit` says otherwise", "Use one of the two"
 
 
+@rule("quantize_moe_experts", "load_in_4bit", "load_in_8bit", "deepspeed")
+def experts_are_quantized_with_the_rest(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """It says how far the quantization of the base goes."""
+    if not recipe.quantize_moe_experts:
+        return
+    if not (recipe.load_in_4bit or recipe.load_in_8bit):
+        why = "the base is not quantized"
+        yield ("quantize_moe_experts",), why, "Add `load_in_4bit: true` or `load_in_8bit: true`"
+    if recipe.deepspeed:
+        why = "DeepSpeed cannot lay out quantized experts"
+        yield ("quantize_moe_experts",), why, "Use `fsdp_config` for `deepspeed`"
+
+
 RULES = (
+    experts_are_quantized_with_the_rest,
     lora_is_complete,
     first_values_are_known,
     first_values_fit_the_base,

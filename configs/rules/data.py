@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from functools import lru_cache
 
 from regrow.configs.faults import Path
 from regrow.configs.local_paths import is_one_file
@@ -178,7 +179,7 @@ def formats_fit_the_method(recipe: Recipe, given: frozenset[str]) -> Iterator[Br
         if own and entry.trust_remote_code and recipe.data_kind != "steps":
             continue
         if isinstance(entry.type, str) and entry.type not in names:
-            near = difflib.get_close_matches(entry.type, names, 4, 0.5) or names[:4]
+            near = difflib.get_close_matches(entry.type[:_LONGEST_NAME], names, 4, 0.5) or names[:4]
             why = f"`{line}` reads no such format"
             yield (*path, "type"), why, f"Use one of {', '.join(near)}"
         elif not isinstance(entry.type, str) and "user_defined.default" not in names:
@@ -212,11 +213,13 @@ def answers_are_read_beside_a_method(recipe: Recipe, given: frozenset[str]) -> I
                 yield (*path, "type", key), fault, "Write a brace that is meant as such twice"
 
 
+@lru_cache(maxsize=64)
 def _nearest_types(name: str) -> str:
-    near = difflib.get_close_matches(name, DATASET_TYPES, 3, 0.6)
+    near = difflib.get_close_matches(name[:_LONGEST_NAME], DATASET_TYPES, 3, 0.6)
     return f"Use one of {', '.join(near or _USUAL_TYPES)}"
 
 
+_LONGEST_NAME = 60  # twice the longest format's name
 _USUAL_TYPES = ("chat_template", "alpaca", "completion", "input_output")
 
 

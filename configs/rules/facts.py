@@ -212,6 +212,8 @@ def new_tokens_can_be_learnt(
     rows = facts.model.vocabulary if facts.model else None
     if tokenizer.tokens is None or rows is None or not recipe.uses_adapter or trained:
         return
+    if recipe.lora_model_dir:  # it may train them itself
+        return
     new = {*recipe.tokens, *special_texts(recipe)} - tokenizer.tokens
     if new and len(tokenizer.tokens) + len(new) > rows:
         key = "tokens" if new & set(recipe.tokens) else "special_tokens"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
+from regrow.configs.sections.model import SpecialTokens
 
 
 @rule("model_type")
@@ -52,7 +53,54 @@ def experts_are_balanced_over_whole_rows(recipe: Recipe, given: frozenset[str]) 
         yield ("output_router_logits",), why, "Use one of the two"
 
 
+@rule("reinit_weights", "adapter")
+def random_weights_are_trained_themselves(
+    recipe: Recipe, given: frozenset[str]
+) -> Iterator[Breach]:
+    """An adapter belongs to a base that is stored somewhere."""
+    if recipe.reinit_weights and recipe.uses_adapter:
+        why = "an adapter beside random weights would fit no model that is stored"
+        yield ("reinit_weights",), why, "Remove it, or `adapter`"
+
+
+@rule(
+    "tokenizer_use_mistral_common",
+    "chat_template",
+    "chat_template_jinja",
+    "special_tokens",
+    "tokens",
+    "datasets",
+    "test_datasets",
+    "train_on_inputs",
+    "eot_tokens",
+)
+def mistral_common_writes_all_itself(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """It knows one way of writing conversations, and a vocabulary that does not change."""
+    if not recipe.tokenizer_use_mistral_common:
+        return
+    why = "`tokenizer_use_mistral_common: true` decides it"
+    if recipe.chat_template not in (None, "tokenizer_default") or recipe.chat_template_jinja:
+        key = "chat_template" if "chat_template" in given else "chat_template_jinja"
+        yield (key,), why, "Use one of the two"
+    if recipe.tokens:
+        yield ("tokens",), why, "Use one of the two"
+    if recipe.eot_tokens not in ((), ("</s>",)):
+        yield ("eot_tokens",), "with mistral-common it is `</s>`", "Remove it"
+    if recipe.special_tokens != SpecialTokens():
+        yield ("special_tokens",), why, "Use one of the two"
+    if recipe.train_on_inputs:
+        why = "`tokenizer_use_mistral_common: true` trains answers alone"
+        yield ("train_on_inputs",), why, "Use false"
+    for name in ("datasets", "test_datasets"):
+        for number, entry in enumerate(getattr(recipe, name)):
+            if entry.type != "chat_template":
+                why = "`tokenizer_use_mistral_common: true` is for conversations"
+                yield (name, number, "type"), why, "Use chat_template"
+
+
 RULES = (
+    mistral_common_writes_all_itself,
+    random_weights_are_trained_themselves,
     routers_have_gradients,
     experts_are_balanced_over_whole_rows,
     the_model_has_its_own_config,

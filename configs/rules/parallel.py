@@ -93,13 +93,6 @@ def _not_divided(product: int, processes: int) -> str:
     return f"{why}{processes} processes"
 
 
-@rule("fsdp_config", "load_in_8bit")
-def int8_weights_are_not_sharded(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """FSDP shards floating point tensors."""
-    if recipe.fsdp_config is not None and recipe.load_in_8bit:
-        yield ("load_in_8bit",), "FSDP cannot shard int8 weights", "Use `load_in_4bit` or DeepSpeed"
-
-
 @rule("fsdp_config")
 def sizes_have_a_number(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """SIZE_BASED_WRAP gathers so many parameters at a time."""
@@ -135,7 +128,6 @@ RULES = (
     deepspeed_is_a_configuration,
     sizes_need_fsdp,
     sizes_multiply_to_the_processes,
-    int8_weights_are_not_sharded,
     sizes_have_a_number,
     muon_sees_whole_matrices,
     int8_states_are_not_sharded,

@@ -141,6 +141,19 @@ def a_constant_end_has_a_rate(recipe: Recipe, given: frozenset[str]) -> Iterator
         yield ("cosine_constant_lr_ratio",), "it needs a lowest rate", remedy
 
 
+@rule("lr_scheduler_kwargs", "cosine_min_lr_ratio")
+def a_lowest_rate_is_said_once(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """A schedule ends at one rate."""
+    kwargs, ratio = recipe.lr_scheduler_kwargs, recipe.cosine_min_lr_ratio
+    path = ("cosine_min_lr_ratio",) if ratio is not None else ("lr_scheduler_kwargs", "min_lr")
+    if "min_lr" in kwargs and (ratio is not None or "min_lr_rate" in kwargs):
+        why = f"`lr_scheduler_kwargs` says min_lr: {kwargs['min_lr']}"
+        yield path, why, "Keep one of the two"
+    elif ratio is not None and kwargs.get("min_lr_rate", ratio) != ratio:
+        why = f"`lr_scheduler_kwargs` says min_lr_rate: {kwargs['min_lr_rate']}"
+        yield path, why, "Keep one of the two"
+
+
 @rule("lr_scheduler", "lr_quadratic_warmup", "lr_div_factor")
 def curves_have_their_own_keys(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """lr_quadratic_warmup is about the cosine schedule, lr_div_factor about one_cycle."""
@@ -210,6 +223,7 @@ RULES = (
     schedulers_have_their_arguments,
     what_follows_validation_has_it,
     a_constant_end_has_a_rate,
+    a_lowest_rate_is_said_once,
     curves_have_their_own_keys,
     restarts_are_complete,
     learning_rates_are_said_once,

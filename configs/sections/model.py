@@ -36,8 +36,16 @@ class ModelSection(Section):
     """Branch, tag or commit of `base_model` on the hub. Default: the newest commit, whose hash is
     recorded."""
 
+    reinit_weights: bool = False
+    """Train from random weights (of `seed`): of `base_model` only the architecture and the
+    tokenizer count. Without `adapter`. Default false."""
+
     tokenizer_config: str | None = None
     """Hub id or directory of the tokenizer. Default: that of `base_model`."""
+
+    tokenizer_use_mistral_common: bool = False
+    """Write conversations with Mistral's own package, mistral-common, in place of a chat template;
+    for models that come with a `tekken.json`. Default false."""
 
     model_type: str | None = None
     """Class of the model: AutoModelForCausalLM, or a `*ForCausalLM` or `*LMHeadModel`. Accepted

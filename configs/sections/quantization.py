@@ -17,6 +17,11 @@ class QuantizationSection(Section):
     """Hold the base model in 4 bits (bitsandbytes NF4 with double quantization), for
     `adapter: qlora`, which sets it. Default false."""
 
+    quantize_moe_experts: bool = False
+    """Hold a mixture's experts in those bits, too, where the model stacks them in one parameter
+    (bitsandbytes by itself quantizes linear layers alone). `lora_target_parameters` adapts them.
+    Default false, Axolotl's."""
+
     bnb_config_kwargs: dict[str, Any] = {}
     """Arguments of Transformers' BitsAndBytesConfig, such as bnb_4bit_quant_type. Default: nf4,
     double quantization, computing in `bf16`: QLoRA's (arXiv 2305.14314) and Axolotl's."""

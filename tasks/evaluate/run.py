@@ -19,7 +19,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from regrow.infra import hub
+from regrow.tasks import identity
 from regrow.tasks.evaluate.compare import compare, with_earlier_answers
 from regrow.tasks.evaluate.generate import Prompt, answers, fixed_prompts, held_out_prompts
 from regrow.tasks.evaluate.loss import validation_scores
@@ -79,7 +79,7 @@ def _load(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         path = job.inputs["model"]
     else:
         assert job.placement.base_model is not None, "neither an input model nor a base model"
-        path = hub.local_directory(job.placement.base_model)
+        path = identity.weights_at(job.placement.base_model, job.spec.model_digest)
     job.report.log(f"loading {path}")
     model = load_model(
         path, dtype=job.spec.dtype, trust_remote_code=job.placement.trust_remote_code

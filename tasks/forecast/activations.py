@@ -20,6 +20,9 @@ HALF, FULL = 2, 4
 KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 """As `regrow.tasks.modeling.kernels` names them."""
 
+SLICE_BYTES, SLICES_OF_MOST = 4 << 30, 4
+"""Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices."""
+
 FUSED_FAMILIES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "gemma2", "gemma3_text", "phi3")
 )
@@ -48,6 +51,10 @@ class Compute:
     bits: int = 16
     """Of the frozen base's linear layers: 16, 8 or 4."""
     machine: Machine = GPU
+    context: int = 1
+    """Processes that share each row; keys and values of all of them are gathered."""
+    tokens: int = 0
+    """Of a micro-batch: long ones go through the MLP's kernel in slices."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,10 @@ def _attention(layer: Layer) -> int:
     fused = "attention" in layer.compute.kernels
     q, k = sizes.query_heads * sizes.head_size, sizes.kv_heads * sizes.head_size
     v, out = sizes.kv_heads * sizes.value_size, sizes.query_heads * sizes.value_size
-    flash = HALF * (q + k + v + out)
-    flash += FULL * sizes.query_heads  # log-sum-exp of the scores
+    others = layer.compute.context
+    flash = HALF * (q + (k + v) * others) + attention_results(layer)
+    if others > 1:  # each half of the slice has results of its own, which are then joined
+        flash += HALF * out
     if layer.shape.family.fused_qkv:
         flash += HALF * (q + k)  # the values are a part of what the one matrix gave
     if fused or not layer.frozen or layer.compute.bits == 4:  # the output layer keeps its input
@@ -129,6 +138,32 @@ def _attention(layer: Layer) -> int:
     kept = _inputs(layer, inputs, fused, "new")
     kept += _inputs(layer, layer.linear("self_attn.o_proj"), fused, "kept already")
     return flash + kept + _head_norms(layer, q + k, fused) + _latent(layer)
+
+
+def attention_results(layer: Layer) -> int:
+    """Bytes a token of what attention gives: the values, and the log-sum-exp of the scores."""
+    sizes = layer.shape.attention
+    return sizes.query_heads * (HALF * sizes.value_size + FULL)
+
+
+def attention_backward_bytes(layer: Layer) -> float:
+    """Bytes a token that attention's backward pass needs beside what is kept.
+
+    Gradients of its result and of q, k and v; FlashAttention 2 adds the queries' gradients up in
+    float32, and makes those of keys and values for every query head first (`mha_varlen_bwd`).
+    """
+    sizes, others = layer.shape.attention, layer.compute.context
+    q, out = sizes.query_heads * sizes.head_size, sizes.query_heads * sizes.value_size
+    kv = sizes.kv_heads * (sizes.head_size + sizes.value_size) * others
+    inside = FULL * (q + sizes.query_heads)
+    if sizes.kv_heads != sizes.query_heads:
+        inside += HALF * (q + out) * others
+    return HALF * (q + kv + out) + inside
+
+
+def attention_bytes(layer: Layer) -> float:
+    """Bytes a token that the layer's attention keeps, with what feeds it."""
+    return _attention(layer)
 
 
 def _head_norms(layer: Layer, width: int, fused: bool) -> int:
@@ -203,6 +238,8 @@ def _mlp(layer: Layer, down: Weight) -> int:
     ]
     hidden = HALF * width
     kept = _inputs(layer, ups, fused, "new")
+    if fused and slice_share(layer) < 1:
+        return HALF * layer.shape.hidden  # its input alone; gate and up are made again
     if fused:
         product = hidden if layer.shape.family.fused_gate_up else 0
         return kept + 2 * hidden + product + _inputs(layer, [down], True, "kept already")
@@ -211,6 +248,26 @@ def _mlp(layer: Layer, down: Weight) -> int:
     copies = layer.frozen and layer.compute.bits == 16
     product = 0 if copies else hidden if not layer.frozen or layer.rank(down) else 0
     return kept + product + _inputs(layer, [down], False, "kept already")
+
+
+def mlp_width(layer: Layer) -> int:
+    """Of the hidden layer of what a token goes through: an MLP, or all its experts."""
+    family, config = layer.shape.family, layer.shape.config
+    if family.experts is not None:
+        return config[family.experts.width] * config[family.experts.per_token]
+    return config.get("intermediate_size", 4 * layer.shape.hidden)
+
+
+def slice_share(layer: Layer) -> float:
+    """Share of the tokens that the MLP's kernel takes at a time (`regrow.kernels.lora_mlp`)."""
+    tokens, width = layer.compute.tokens, mlp_width(layer)
+    whole = 2 * HALF * width * tokens
+    if "mlp" not in layer.compute.kernels or layer.shape.family.fused_gate_up:
+        return 1.0
+    if whole <= SLICE_BYTES:
+        return 1.0
+    slices = -(-whole * SLICES_OF_MOST // SLICE_BYTES)
+    return min(1.0, -(-tokens // slices // 128) * 128 / tokens)
 
 
 def _experts(layer: Layer, experts: Sequence[Weight]) -> int:

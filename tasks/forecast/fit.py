@@ -5,13 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from regrow.tasks.forecast.memory import GIB, Memory, Setting, memory
+from regrow.tasks.forecast.memory import (
+    CONTEXT,
+    FRAGMENTATION,
+    GIB,
+    Memory,
+    Setting,
+    host_bytes,
+    memory,
+)
+from regrow.tasks.forecast.setting import NONE, OFFLOAD, POLICIES
 
 _MOST_TOKENS = 16_384
 """In one micro-batch that is chosen: more brings no speed. The peers' best rates on an H100 were at
 8,192 (8B) and 16,384 (1B) tokens, 2026-11-21."""
 _SPARE = 0.05
-"""Share of a GPU left free by what is chosen: the model is within 10 % and mostly too high."""
+"""Share of the room left free by what is chosen: the model is within 10 % and mostly too high."""
+_STAYING = 0.8
+"""Of what the device has to spare, the share that activations fill which could be offloaded."""
+_HOST_SHARE = 0.9
+"""Of the host's free memory that activations may wait in: training needs some beside."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a training process may fill."""
+
+    device: float
+    """Bytes that torch may still take of the GPU: without CUDA's own and what others hold."""
+    host: float | None = None
+    """Bytes of the host's memory for this process; None: not known, taken to be enough."""
+
+    @classmethod
+    def of_device(cls, total: int) -> Room:
+        """On an empty GPU of so many bytes."""
+        return cls(total - CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -27,11 +55,11 @@ class Wish:
 
     def at(self, micro_batch: int, checkpointing: bool | str) -> Setting:
         """The setting of one choice."""
-        share = self.global_batch / self.setting.division.processes
+        division = self.setting.division
         return replace(
             self.setting,
-            tokens=micro_batch * self.row_tokens,
-            accumulates=share > micro_batch,
+            tokens=-(-micro_batch * self.row_tokens // division.context),
+            accumulates=self.global_batch > micro_batch * division.readers,
             checkpointing=checkpointing,
         )
 
@@ -45,42 +73,63 @@ class Choice:
     why: str = ""
 
 
-def choose(wish: Wish | None, device_memory: int | None, asked: Choice) -> Choice:
+def choose(wish: Wish | None, room: Room | None, asked: Choice) -> Choice:
     """What `auto` means: the fastest placement that fits, without changing the global batch.
 
     Args:
         wish: None where the model's shape is not known.
-        device_memory: bytes; None where no GPU is known.
+        room: None where no GPU is known.
         asked: the recipe's values where they are given, the careful ones elsewhere.
     """
-    if wish is None or (wish.micro_batch is not None and wish.checkpointing is not None):
-        return replace(asked, why="the model's shape is not known" if wish is None else "")
-    if device_memory is None:
+    if wish is None:
+        return replace(asked, why="the model's shape is not known")
+    if wish.micro_batch is not None and wish.checkpointing is not None:
+        return asked
+    if room is None:
         return replace(asked, why="no GPU is known here, so the most careful choice")
-    room = device_memory * (1 - _SPARE)
-    for micro_batch, checkpointing in _choices(wish):
-        found = memory(wish.at(micro_batch, checkpointing))
-        if found.total <= room:
-            free = (device_memory - found.total) / GIB
-            return Choice(micro_batch, checkpointing, f"it leaves {free:.0f} GiB free")
-    return replace(asked, why="nothing fits; this takes the least")
+    most = room.device * (1 - _SPARE)
+    for micro_batch, checkpointing in _choices(wish, room):
+        needed = reserved(memory(wish.at(micro_batch, checkpointing)))
+        if needed <= most:
+            why = f"it leaves {(room.device - needed) / GIB:.0f} GiB free"
+            return Choice(micro_batch, checkpointing, why)
+    least = list(_choices(wish, room))[-1]
+    return Choice(*least, "nothing fits; this takes the least")
 
 
-def _choices(wish: Wish) -> Iterator[tuple[int, bool | str]]:
+def staying(setting: Setting, room: Room) -> float:
+    """Bytes of the offloaded activations for which the device has room after all."""
+    if setting.policy != OFFLOAD:
+        return 0.0
+    spare = _STAYING * (room.device * (1 - _SPARE) - reserved(memory(setting)))
+    return min(max(spare, 0.0), host_bytes(setting))
+
+
+def reserved(found: Memory) -> float:
+    """Bytes that torch takes of the GPU."""
+    return found.allocated * (1 + FRAGMENTATION)
+
+
+def _choices(wish: Wish, room: Room) -> Iterator[tuple[int, bool | str]]:
     """Fastest first: no recomputation if any micro-batch goes without, then the largest."""
-    ways: tuple[bool | str, ...] = (False, True)
+    ways: tuple[bool | str, ...] = (False, *POLICIES[1:])
     if wish.checkpointing is not None:
         ways = (wish.checkpointing,)
     sizes = [wish.micro_batch] if wish.micro_batch else _micro_batches(wish)
     for checkpointing in ways:
         for size in sizes:
+            if checkpointing == OFFLOAD and wish.checkpointing is None:
+                setting = wish.at(size, OFFLOAD)
+                waiting = host_bytes(setting) - staying(setting, room)
+                if room.host is not None and waiting > _HOST_SHARE * room.host:
+                    continue
             yield size, checkpointing
 
 
 def _micro_batches(wish: Wish) -> list[int]:
     """Sizes that share the global batch evenly, largest first; one is always there."""
-    share = max(1, wish.global_batch // wish.setting.division.processes)
-    most = max(1, _MOST_TOKENS // wish.row_tokens)
+    share = max(1, wish.global_batch // wish.setting.division.readers)
+    most = max(1, _MOST_TOKENS * wish.setting.division.context // wish.row_tokens)
     return [size for size in range(min(share, most), 0, -1) if share % size == 0]
 
 
@@ -111,21 +160,27 @@ def _smaller(wish: Wish, now: Setting) -> Iterator[tuple[str, Setting]]:
     while least > 1:
         least //= 2
         yield f"micro_batch_size {least}", wish.at(least, now.checkpointing)
-    if not now.checkpointing:
+    if not now.recomputes:
         yield "gradient_checkpointing: true", wish.at(micro, True)
         if micro > 1:
             yield "micro_batch_size 1 with gradient_checkpointing: true", wish.at(1, True)
+    if now.policy != OFFLOAD:
+        last = wish.at(1, OFFLOAD)
+        words = "gradient_checkpointing: offload" + (" with micro_batch_size 1" * (micro > 1))
+        yield f"{words} and {host_bytes(last) / GIB:.0f} GiB of the host's memory", last
     last = wish.at(1, True)
-    if now.trainable.has_adapter and now.bits == 16:
+    if now.frozen and now.bits == 16:
         yield "adapter: qlora (checkpointed, one row)", replace(last, bits=4)
-    if not now.trainable.has_adapter and not now.optimizer.endswith("8bit"):
+    if not now.frozen and not now.optimizer.endswith("8bit"):
         yield "optimizer: adamw_8bit (checkpointed, one row)", replace(last, optimizer="adamw_8bit")
-    half = replace(last, tokens=wish.row_tokens // 2)
+    half = replace(last, tokens=last.tokens // 2)
     yield f"sequence_len {wish.row_tokens // 2} (checkpointed, one row)", half
 
 
 def _faster(wish: Wish, device_memory: int) -> list[str]:
     micro = wish.micro_batch or 1
-    if wish.checkpointing and memory(wish.at(micro, False)).total <= device_memory * (1 - _SPARE):
+    if wish.checkpointing in (None, False, NONE):
+        return []
+    if memory(wish.at(micro, False)).total <= device_memory * (1 - _SPARE):
         return ["gradient_checkpointing: false would fit too, and saves recomputing"]
     return []

@@ -10,10 +10,11 @@ from regrow.configs.recipe import Recipe
 from regrow.infra.devices import local_gpus
 from regrow.tasks.forecast import devices
 from regrow.tasks.forecast.data import Amount
-from regrow.tasks.forecast.fit import Choice, Wish, advice, choose
+from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose
 from regrow.tasks.forecast.memory import Memory, Setting, memory
 from regrow.tasks.forecast.recipe_setting import Model, careful, read_model, wish_of
 from regrow.tasks.forecast.trainable import Trainable, UnknownTargetsError
+from regrow.tasks.stage import StageError
 from regrow.tasks.train.schedule import total_steps
 
 _SMALLEST_MODEL, _FEWEST_TOKENS = 1e9, 4096
@@ -71,7 +72,11 @@ def placement_of(
         return asked
     model = read_model(place)
     wish = _wish(recipe, model, processes)
-    return choose(wish, device.memory if device else None, _least(recipe, asked))
+    return choose(wish, _room(device), _least(recipe, asked))
+
+
+def _room(device: devices.Device | None) -> Room | None:
+    return Room.of_device(device.memory) if device else None
 
 
 def _least(recipe: Recipe, asked: Choice) -> Choice:
@@ -85,7 +90,7 @@ def _wish(recipe: Recipe, model: Model, processes: int) -> Wish | None:
         return None
     try:
         return wish_of(recipe, model.shape, processes)
-    except UnknownTargetsError:
+    except (UnknownTargetsError, StageError):
         return None
 
 
@@ -112,10 +117,10 @@ def forecast(
         return Forecast(model, None, choice, course, None, device, None, (why,))
     try:
         wish = wish_of(recipe, model.shape, processes)
-    except UnknownTargetsError as error:
+    except (UnknownTargetsError, StageError) as error:
         return Forecast(model, None, choice, course, None, device, None, (f"memory: {error}",))
     if "auto" in (recipe.micro_batch_size, recipe.gradient_checkpointing):
-        choice = choose(wish, device.memory if device else None, _least(recipe, choice))
+        choice = choose(wish, _room(device), _least(recipe, choice))
     wish = replace(wish, micro_batch=choice.micro_batch, checkpointing=choice.checkpointing)
     setting = wish.at(choice.micro_batch, choice.checkpointing)
     found = memory(setting)

@@ -11,25 +11,27 @@ not counted but assumed, and say so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 from regrow.tasks.forecast.activations import (
     FULL,
     FUSED_FAMILIES,
-    GPU,
     HALF,
-    KERNELS,
-    Compute,
     Layer,
-    Machine,
+    attention_backward_bytes,
+    attention_bytes,
+    attention_results,
     layer_bytes,
+    mlp_width,
+    slice_share,
     stream_bytes,
 )
-from regrow.tasks.forecast.model_shape import ModelShape, Weight
+from regrow.tasks.forecast.model_shape import Weight
 from regrow.tasks.forecast.optimizer_state import state_bytes, state_of
-from regrow.tasks.forecast.trainable import Trainable
+from regrow.tasks.forecast.setting import OFFLOAD, SELECTIVE, Division, Setting
+
+__all__ = ["GIB", "Division", "Memory", "Setting", "as_json", "memory"]
 
 GIB = 2**30
 WORKSPACE = 96 * 2**20
@@ -43,73 +45,12 @@ with packed rows, 2026-11-21."""
 LOSS_BUDGET = 5 * 2**28
 """Bytes of logits at a time: `LOGITS_BYTES` of `regrow.kernels.linear_cross_entropy`."""
 
+_CHUNK_MULTIPLE = 128
+"""Rows of such a chunk are a multiple of it: `_ROW_MULTIPLE` there."""
 _FORWARD_SHARE = 10 / 12
 """Of the memory for logits that is needed before their gradient: bfloat16, float32, logarithms."""
 _NF4_BLOCK, _NF4_OUTER = 64, 256
 """Weights that share a scale, and scales that share one (QLoRA, arXiv 2305.14314)."""
-
-
-@dataclass(frozen=True)
-class Division:
-    """How the model is laid over GPUs."""
-
-    processes: int = 1
-    shards: int = 1
-    """Processes that share one copy."""
-    way: str = "ddp"
-    """ddp, fsdp2, zero1, zero2 or zero3."""
-    keeps_gathered: bool = False
-    """FSDP2 without resharding after the forward pass."""
-    offloads_optimizer: bool = False
-    offloads_weights: bool = False
-
-    def share(self, part: str) -> float:
-        """Of weights, gradients or optimizer: how much of it one GPU holds."""
-        divided = {
-            "ddp": (),
-            "zero1": ("optimizer",),
-            "zero2": ("optimizer", "gradients"),
-            "zero3": ("optimizer", "gradients", "weights"),
-            "fsdp2": ("optimizer", "gradients", "weights"),
-        }[self.way]
-        return 1 / self.shards if part in divided else 1.0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that decides how much memory a training step takes."""
-
-    shape: ModelShape
-    trainable: Trainable
-    tokens: int
-    """In one micro-batch on one GPU: rows times their full length."""
-    optimizer: str = "adamw_torch_fused"
-    kernels: tuple[str, ...] = KERNELS
-    bits: int = 16
-    double_quant: bool = True
-    dtype_bytes: int = HALF
-    """In which forward and backward are computed, and a frozen base is held."""
-    checkpointing: bool | str = False
-    """True and "full": a layer's input stays; "selective": attention's results too; "offload": all
-    of it waits in the host's memory. False and "none": nothing is computed again."""
-    accumulates: bool = False
-    """More than one micro-batch a step: gradients are there all the time."""
-    division: Division = field(default_factory=Division)
-    machine: Machine = GPU
-
-    @cached_property
-    def compute(self) -> Compute:
-        """With the kernels that can be put into this model."""
-        kernels = set(self.kernels) if self.shape.model_type in FUSED_FAMILIES else set()
-        if self.trainable.dora or self.bits == 8:
-            kernels -= {"attention", "mlp"}
-        kernels -= {"mlp"} if self.shape.family.experts is not None else {"experts"}
-        return Compute(frozenset(kernels), self.bits, self.machine)
-
-    def layers(self) -> Iterator[Layer]:
-        """Every layer."""
-        for number in range(self.shape.layers):
-            yield Layer(self.shape, self.shape.layer(number), self.trainable, self.compute)
 
 
 @dataclass(frozen=True)
@@ -135,8 +76,7 @@ class Memory:
 def memory(setting: Setting) -> Memory:
     """The memory that a training step needs at its fullest."""
     static = _static(setting)
-    gradients = _gradients(setting)
-    moments = _moments(setting, gradients)
+    moments = _moments(setting)
     moment, dynamic = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {**static, **dynamic, "workspace": _workspace(setting) + dynamic.get("workspace", 0)}
     return Memory(parts, moment, tuple(_notes(setting)))
@@ -152,17 +92,25 @@ def weight_bytes(setting: Setting) -> float:
 
 def _bytes_of(weight: Weight, setting: Setting) -> float:
     """Bytes a parameter."""
-    if not setting.trainable.has_adapter:
+    if not setting.frozen:
         trained = weight.name in setting.trainable.names
         if setting.division.way.startswith("zero"):
             return setting.dtype_bytes  # the float32 copy is the optimizer's
         return FULL if trained else setting.dtype_bytes
-    if setting.bits == 16 or weight.kind != "linear" or weight.module == "lm_head":
+    if not _is_quantized(weight, setting):
         return setting.dtype_bytes
     if setting.bits == 8:
-        return 1 + FULL / weight.shape[1]
+        return 1 + FULL / weight.shape[-1]
     scale = 1 + FULL / _NF4_OUTER if setting.double_quant else FULL
     return 0.5 + scale / _NF4_BLOCK
+
+
+def _is_quantized(weight: Weight, setting: Setting) -> bool:
+    if setting.bits == 16:
+        return False
+    if weight.kind == "experts":
+        return setting.quantized_experts
+    return weight.kind == "linear" and weight.module != "lm_head"
 
 
 def _static(setting: Setting) -> dict[str, float]:
@@ -196,60 +144,66 @@ def _trained_tensors(setting: Setting) -> Iterator[tuple[tuple[int, ...], bool]]
         yield (trainable.whole // setting.shape.hidden, setting.shape.hidden), True
 
 
-def _gradients(setting: Setting) -> float:
+def _gradients(setting: Setting) -> tuple[float, float]:
+    """Bytes (while micro-batches are added up, at the optimizer's step)."""
     division = setting.division
     size = setting.dtype_bytes if division.way.startswith("zero") else FULL
-    gradients = size * setting.trainable.total * division.share("gradients")
+    whole = size * setting.trainable.total
     if division.way == "ddp" and division.processes > 1:
-        gradients *= 2  # DDP reduces copies in buckets
-    return gradients
+        return 2 * whole, 2 * whole  # DDP reduces copies in buckets
+    shared = whole * division.share("gradients")
+    if division.way == "fsdp2" and setting.accumulates:
+        # Accelerate lets FSDP2 reduce them with the last micro-batch of a step alone.
+        return whole, shared
+    return shared, shared
 
 
 # ---- what comes and goes ----
 
 
-def _moments(setting: Setting, gradients: float) -> dict[str, dict[str, float]]:
-    layers = list(setting.layers())
-    recomputes = setting.checkpointing not in (False, "none")
-    if recomputes:
-        kept = sum(_checkpointed(setting, layer) for layer in layers) * setting.tokens
-        again = max(layer_bytes(layer) for layer in layers) * setting.tokens
-    else:
-        kept, again = sum(layer_bytes(layer) for layer in layers) * setting.tokens, 0.0
-    kept += _ends(setting) * setting.tokens
+def _moments(setting: Setting) -> dict[str, dict[str, float]]:
+    layers, tokens = list(setting.layers()), setting.tokens
+    gradients, at_step = _gradients(setting)
+    kept, again = _kept(setting, layers)
     casts = _weight_casts(setting)
     already = gradients if setting.accumulates or _keeps_all(setting) else 0.0
     head = gradients if setting.accumulates else max(already, _head_gradient(setting))
     late = gradients - (_late_gradients(setting) if setting.division.share("gradients") == 1 else 0)
-    one = max(backward_bytes(layer) for layer in layers) * setting.tokens
+    one = max(backward_bytes(layer) for layer in layers) * tokens
     step = state_of(setting.optimizer)[0].temporaries * setting.trainable.total
     step *= setting.division.share("optimizer")
     in_one = casts / (setting.shape.layers + 1)
-    in_backward = kept + again + (in_one if recomputes else casts)
+    tables, ends = _tables(setting) * tokens, _ends(setting) * tokens
+    stream = stream_bytes(layers[-1]) * tokens
     return {
         "loss": {
             "gradients": already,
             # Autocast's own copies are gone by then; those that layers keep are not.
-            "activations": kept + (in_one if recomputes else casts),
+            "activations": kept + tables + ends + (in_one if setting.recomputes else casts),
             "logits": loss_bytes(setting),
         },
         "end of the forward pass": {
             "gradients": already,
-            "activations": kept + casts,
+            "activations": kept + tables + ends + casts,
             "logits": loss_bytes(setting) * _FORWARD_SHARE,
         },
         "backward of the last layer": {
             "gradients": head,
-            "activations": in_backward + one,
-            "logits": HALF * setting.shape.hidden * setting.tokens,
+            "activations": kept + tables + again + (in_one if setting.recomputes else casts) + one,
+            "logits": stream,  # the gradient of the last hidden states
+        },
+        "backward of the last attention": {
+            "gradients": head,
+            "activations": _in_attention(setting, layers, kept) + tables + in_one,
+            "logits": stream,
         },
         "end of the backward pass": {
             "gradients": gradients if setting.accumulates else max(already, late),
-            "activations": kept / setting.shape.layers + again + in_one + one,
-            "logits": 0.0,
+            "activations": kept / setting.shape.layers + tables + again + in_one + one,
+            "logits": stream,
         },
         "optimizer step": {
-            "gradients": gradients,
+            "gradients": at_step,
             "activations": 0.0,
             "logits": 0.0,
             "workspace": step,
@@ -257,15 +211,51 @@ def _moments(setting: Setting, gradients: float) -> dict[str, dict[str, float]]:
     }
 
 
+def _kept(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
+    """Bytes (that all layers keep, that the computing again of one makes)."""
+    if not setting.recomputes:
+        return sum(layer_bytes(layer) for layer in layers) * setting.tokens, 0.0
+    kept = sum(_checkpointed(setting, layer) for layer in layers) * setting.tokens
+    # A layer's own input is among what is kept, and what attention gave may be.
+    there = attention_results if setting.policy == SELECTIVE else _nothing
+    again = max(layer_bytes(layer) - stream_bytes(layer) - there(layer) for layer in layers)
+    return kept, again * setting.tokens
+
+
+def _nothing(layer: Layer) -> int:
+    return 0
+
+
+def _in_attention(setting: Setting, layers: list[Layer], kept: float) -> float:
+    """Bytes while a layer's attention has its backward pass: its MLP's have gone."""
+    one = max(attention_bytes(layer) + attention_backward_bytes(layer) for layer in layers)
+    if setting.recomputes:
+        return kept + one * setting.tokens
+    return kept * (1 - 1 / len(layers)) + one * setting.tokens
+
+
 def _checkpointed(setting: Setting, layer: Layer) -> float:
     """Bytes a token that stay of a layer which is computed again."""
-    if setting.checkpointing == "offload":
-        return 2 * stream_bytes(layer) / setting.shape.layers  # on the way out, and on the way in
+    if setting.policy == OFFLOAD:  # one on its way, one that is used, and those that stay
+        stays = setting.stays / (setting.tokens * setting.shape.layers)
+        return 2 * stream_bytes(layer) / setting.shape.layers + stays
     kept = stream_bytes(layer)
-    if setting.checkpointing == "selective":
-        sizes = setting.shape.attention
-        kept += sizes.query_heads * (HALF * sizes.value_size + FULL)
+    if setting.policy == SELECTIVE:
+        kept += attention_results(layer)
     return kept
+
+
+def host_bytes(setting: Setting) -> float:
+    """Of the host's memory, for activations that wait there: the layers' inputs."""
+    if setting.policy != OFFLOAD:
+        return 0.0
+    inputs = sum(stream_bytes(layer) for layer in setting.layers()) * setting.tokens
+    return max(0.0, inputs - setting.stays)
+
+
+def _tables(setting: Setting) -> int:
+    """Bytes a token of the rotary embedding's cosines and sines, made once for all layers."""
+    return 2 * setting.shape.attention.head_size * (HALF if setting.frozen else FULL)
 
 
 def _keeps_all(setting: Setting) -> bool:
@@ -289,10 +279,11 @@ def _weight_casts(setting: Setting) -> float:
 
 
 def _ends(setting: Setting) -> int:
-    """Bytes a token that the last norm and the head's input keep."""
-    hidden, frozen = setting.shape.hidden, setting.trainable.has_adapter
-    fused = "rms_norm" in setting.compute.kernels
-    norm = FULL if fused or frozen else 2 * FULL
+    """Bytes a token that the last norm keeps and gives, and the head's input."""
+    hidden, frozen = setting.shape.hidden, setting.frozen
+    if "cross_entropy" in setting.compute.kernels and "rms_norm" in setting.compute.kernels:
+        return hidden * (2 * HALF if frozen else 2 * FULL + HALF)
+    norm = FULL if "rms_norm" in setting.compute.kernels or frozen else 2 * FULL
     head = 0 if frozen or "cross_entropy" in setting.compute.kernels else HALF
     return hidden * (norm + head)
 
@@ -319,34 +310,44 @@ def loss_bytes(setting: Setting) -> float:
     """From the last hidden states to the loss and its gradient.
 
     Plain: the logits' log-probabilities and two gradients of them, each in float32 (with bfloat16
-    logits and their float32 copy before). With the kernel: a chunk of logits, hidden states and
-    their gradients, and the head's gradient in float32, which is made at once.
+    logits and their float32 copy before). With the kernel: a chunk of logits, hidden states with a
+    label and their gradients, and the head's gradient in float32, which is made at once.
     """
     shape, tokens = setting.shape, setting.tokens
     if "cross_entropy" not in setting.compute.kernels:
         return 3 * FULL * shape.vocabulary * tokens
-    chunk = min(LOSS_BUDGET, FULL * shape.vocabulary * tokens)
-    kept = chunk + 4 * HALF * shape.hidden * tokens
-    if setting.trainable.has_adapter and not setting.trainable.whole:
+    labelled = tokens * setting.supervised
+    rows = HALF * shape.hidden * labelled * 2
+    kept = rows + max(chunk_bytes(shape.vocabulary, tokens, labelled), HALF * shape.hidden * tokens)
+    if setting.frozen and not setting.trainable.whole:
         return kept
     return kept + (FULL + HALF) * shape.vocabulary * shape.hidden
 
 
+def chunk_bytes(vocabulary: int, tokens: int, labelled: float) -> float:
+    """Of the logits that `regrow.kernels.linear_cross_entropy` makes at a time, in float32."""
+    columns = -(-vocabulary // 8) * 8
+    most = max(LOSS_BUDGET // (FULL * columns) // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+    even = -(-tokens // max(-(-tokens // most), 1))
+    rows = max(-(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, 1)
+    return FULL * columns * min(rows, labelled)
+
+
 def backward_bytes(layer: Layer) -> float:
-    """Bytes a token that a layer's passes need beside what is kept, at their fullest.
+    """Bytes a token that a layer's backward pass needs beside what is kept, at its fullest.
 
     With the kernels: gradients of the MLP's product, of gate and of up, and the product made again.
     Through PEFT: the product and its float32 copy, in the forward pass already. Otherwise the
-    gradient of the product, since what was kept is freed as the pass goes on. And the residual
-    stream, its gradient and those of what reads it.
+    gradient of the product, since what was kept is freed as the pass goes on. And, without the
+    kernels, the residual stream and the gradients of those that read it.
     """
-    family, config, hidden = layer.shape.family, layer.shape.config, layer.shape.hidden
-    width = config.get("intermediate_size", 4 * hidden)
-    if family.experts is not None:
-        width = config[family.experts.width] * config[family.experts.per_token]
+    width, hidden = mlp_width(layer), layer.shape.hidden
     if "mlp" in layer.compute.kernels or "experts" in layer.compute.kernels:
-        inside = 4 * HALF * width
-    elif layer.frozen:
+        share = slice_share(layer)
+        if share < 1:  # gate and up of a slice as well, and the input's gradient of all of them
+            return 6 * HALF * width * share + HALF * hidden
+        return 4 * HALF * width
+    if layer.frozen:
         inside = (HALF + FULL if layer.compute.bits == 16 else 2 * HALF) * width
     else:
         inside = HALF * width
@@ -356,9 +357,11 @@ def backward_bytes(layer: Layer) -> float:
 def _workspace(setting: Setting) -> float:
     division = setting.division
     total = float(WORKSPACE)
-    if setting.trainable.has_adapter and setting.bits == 4:
-        blocks = (w for layer in setting.layers() for w in layer.weights if w.kind == "linear")
-        total += HALF * max(w.numel for w in blocks)
+    if setting.frozen and setting.bits < 16:  # one is made dense at a time, into the same memory
+        dense = (w.numel for w in setting.shape.weights if _is_quantized(w, setting))
+        one = HALF * max(dense, default=0) * (setting.bits == 4 or setting.quantized_experts)
+        # An MLP that goes in slices makes its three matrices for all of them.
+        total += one * (3 if min(slice_share(layer) for layer in setting.layers()) < 1 else 1)
     if division.share("weights") < 1:
         total += _gathered(setting)
     return total

@@ -17,6 +17,7 @@ from typing import Any
 
 from regrow.tasks.forecast.families import FAMILIES, Experts, Family, Flag
 
+_MOST_LAYERS = 1000  # no known model has a quarter of it
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
@@ -91,7 +92,15 @@ class ModelShape:
 
     def layer(self, number: int) -> tuple[Weight, ...]:
         """The weights of one layer."""
-        return tuple(w for w in self.weights if w.name.startswith(f"model.layers.{number}."))
+        return self._by_layer[number]
+
+    @cached_property
+    def _by_layer(self) -> dict[int, tuple[Weight, ...]]:
+        found: dict[int, list[Weight]] = {number: [] for number in range(self.layers)}
+        for weight in self.weights:
+            if weight.name.startswith("model.layers."):
+                found[int(weight.name.split(".")[2])].append(weight)
+        return {number: tuple(weights) for number, weights in found.items()}
 
     @cached_property
     def active_matrix_parameters(self) -> int:
@@ -117,20 +126,33 @@ def model_shape(config: Mapping[str, Any], vocabulary: int | None = None) -> Mod
     Raises:
         UnknownArchitectureError: for a `model_type` that is not in `FAMILIES`, or without sizes.
     """
-    text = config if config.get("model_type") in FAMILIES else config.get("text_config") or config
-    kind = str(text.get("model_type", config.get("model_type", "")))
-    family = FAMILIES.get(kind)
-    if family is None or text is not config:
+    text, kind = config, config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None and isinstance(config.get("text_config"), Mapping):
         # A model of images too holds more than its text part: the count would be wrong.
+        kind = kind or config["text_config"].get("model_type")
+    if family is None:
         known = ", ".join(sorted(FAMILIES))
-        name = config.get("model_type", "none given")
-        raise UnknownArchitectureError(f"model_type {name!r} is not known here (known: {known})")
+        raise UnknownArchitectureError(
+            f"model_type {kind or 'none given'!r} is not known here (known: {known})"
+        )
     filled = {**family.defaults, **{k: v for k, v in text.items() if v is not None}}
-    filled["vocab_size"] = max(vocabulary or 0, filled.get("vocab_size", 0))
     try:
-        return _shape(kind, family, filled)
+        filled["vocab_size"] = max(vocabulary or 0, filled.get("vocab_size", 0))
+        if not 0 < int(filled["num_hidden_layers"]) <= _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {filled['num_hidden_layers']}")
+        return _checked(_shape(str(kind), family, filled))
     except KeyError as missing:
         raise UnknownArchitectureError(f"its config.json does not say {missing}") from missing
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UnknownArchitectureError(f"the sizes in its config.json are odd: {error}") from error
+
+
+def _checked(shape: ModelShape) -> ModelShape:
+    for weight in shape.weights:
+        if not all(type(side) is int and side > 0 for side in weight.shape):
+            raise ValueError(f"{weight.name} would be of shape {weight.shape}")
+    return shape
 
 
 def _shape(kind: str, family: Family, config: dict[str, Any]) -> ModelShape:

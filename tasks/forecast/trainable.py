@@ -72,9 +72,10 @@ def with_adapter(shape: ModelShape, settings: AdapterSettings) -> Trainable:
     """Training an adapter.
 
     Raises:
-        UnknownTargetsError: when the recipe leaves the choice of layers to PEFT, which has none.
+        UnknownTargetsError: when the recipe leaves the choice of layers to PEFT, which has none, or
+            when it names none that the model has.
     """
-    settings = _renamed(shape, settings)
+    asked, settings = settings, _renamed(shape, settings)
     ranks: dict[str, int] = {}
     parameters = 0
     for weight in _modules(shape):
@@ -86,6 +87,12 @@ def with_adapter(shape: ModelShape, settings: AdapterSettings) -> Trainable:
             rank = ranks[weight.name] = _rank(weight.name, settings)
             experts = weight.shape[0] if len(weight.shape) == 3 else 1
             parameters += rank * experts * sum(weight.shape[-2:])
+    if not ranks and not settings.trainable_tokens:
+        named = asked.target_modules or asked.target_parameters
+        raise UnknownTargetsError(
+            f"lora_target_modules: {shape.model_type} has no layer that {named!r} names"
+            + (" among those of peft_layers_to_transform" if asked.layers else "")
+        )
     return Trainable(
         adapter=parameters,
         whole=_saved(shape, settings) + _token_rows(shape, settings),

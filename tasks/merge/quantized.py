@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regrow.tasks.merge.base_model import Base
 from regrow.tasks.merge.lazy import Read
 from regrow.tasks.modeling.quantization import Quantization
+from regrow.tasks.modeling.quantized_experts import Codes, is_stack_of_experts
 
 
 def dequantized(base: Base, quantization: Quantization) -> Read | None:
@@ -25,9 +26,18 @@ def dequantized(base: Base, quantization: Quantization) -> Read | None:
         if isinstance(module, nn.Linear) and quantization.is_quantized(name)
     }
 
+    stacks = {
+        name
+        for name, parameter in base.model.named_parameters()
+        if quantization.experts and is_stack_of_experts(name, parameter.dim())
+    }
+
     def read(name: str) -> Tensor:
-        stored = base.stored[name]
-        seen = _there_and_back(stored, quantization) if name in linear else stored
+        seen = stored = base.stored[name]
+        if name in stacks:
+            seen = Codes.of(stored, quantization.bits, quantization.settings).dense()
+        elif name in linear:
+            seen = _there_and_back(stored, quantization)
         return seen.to(torch.float32, copy=True)
 
     return read

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
-from regrow.infra import hub
+from regrow.tasks import identity
 from regrow.tasks.merge.base_model import open_base
 from regrow.tasks.merge.fidelity import Fidelity, compare, probe_batch
 from regrow.tasks.merge.quantized import dequantized
@@ -17,7 +17,6 @@ from regrow.tasks.modeling.ends import align_special_ids
 from regrow.tasks.modeling.load import load_tokenizer
 from regrow.tasks.stage import StageError, StageJob
 
-_MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
 _PARTS = 6
 
 
@@ -57,7 +56,7 @@ def _merge(job: StageJob) -> Fidelity:
     tokenizer_dir = job.inputs["prepare"] / "tokenizer"
     batch = probe_batch(job.inputs["prepare"])
     tokenizer = load_tokenizer(tokenizer_dir)
-    directory = hub.local_directory(job.placement.base_model, "model", _MODEL_FILES)
+    directory = identity.weights_at(job.placement.base_model, spec.base_model_digest)
 
     def part(number: int, what: str) -> None:
         job.report.progress(number, _PARTS, "parts", what)

@@ -80,9 +80,7 @@ def packed_attention_forward(
     }
     if context_parts is not None:
         assert cu_seq_lens_k is not None
-        out_TNH = context_parts.attend(
-            q_TNH, k_TKH, v_TKH, cu_seq_lens_q, cu_seq_lens_k, **options
-        )
+        out_TNH = context_parts.attend(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, cu_seq_lens_k, **options)
     else:
         out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q, **options)
     return out_TNH.unsqueeze(0), None

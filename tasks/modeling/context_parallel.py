@@ -45,7 +45,7 @@ class ContextGroup:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         check_divides(world, size)
         group, _ = torch.distributed.new_subgroups(group_size=size)
-        assert group is not None
+        assert isinstance(group, ProcessGroup)
         return cls(group, torch.distributed.get_rank(group), size)
 
     def attach(self, model: nn.Module) -> None:
@@ -147,9 +147,7 @@ class _Gather(torch.autograd.Function):
         ctx.context = context
         shape = (context.size * slice_T.shape[0], *slice_T.shape[1:])
         by_rank = slice_T.new_empty(shape)
-        torch.distributed.all_gather_into_tensor(
-            by_rank, slice_T.contiguous(), group=context.group
-        )
+        torch.distributed.all_gather_into_tensor(by_rank, slice_T.contiguous(), group=context.group)
         first, second = by_rank.unflatten(0, (context.size, 2, -1)).unbind(1)
         return torch.cat([first, second.flip(0)]).flatten(0, 1)
 

@@ -28,6 +28,7 @@ from regrow.tasks.modeling.projections import (
     in_compute_dtype,
     projection_of,
 )
+from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
 
 class FusedNorm(nn.Module):
@@ -40,8 +41,11 @@ class FusedNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H]; a weight of a wider type widens the result, as it does in Llama's."""
-        if not self.offset:
+        """x [..., H]; a weight of a wider type widens the result, as it does in Llama's.
+
+        Not under autocast, where what follows would only bring it back.
+        """
+        if not self.offset and not torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
@@ -64,13 +68,14 @@ class FusedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
         self._activation = activation
+        self.rounded: RoundedWeights | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if not are_ready(layers):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        gate, up, down = (projection_of(layer) for layer in layers)
         x = in_compute_dtype(x)
+        gate, up, down = (projection_of(layer, self.rounded, x.dtype) for layer in layers)
         with torch.autocast(x.device.type, enabled=False):
             return lora_mlp(
                 x, gate, up, down, activation=self._activation, dropout=dropout_of(layers)
@@ -87,21 +92,25 @@ class FusedGateUpMLP(nn.Module):
         self.gate_up_proj, self.down_proj = mlp.gate_up_proj, mlp.down_proj
         self.activation_fn = mlp.activation_fn
         self._activation = activation
+        self.rounded: RoundedWeights | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not are_ready((self.gate_up_proj, self.down_proj)):
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
             return self.down_proj(up * self.activation_fn(gate))
-        (both,) = fused_linear(x, self.gate_up_proj)
+        (both,) = fused_linear(x, self.gate_up_proj, rounded=self.rounded)
         gate, up = both.chunk(2, dim=-1)
-        return fused_linear(gated_activation(gate, up, self._activation), self.down_proj)[0]
+        hidden = gated_activation(gate, up, self._activation)
+        return fused_linear(hidden, self.down_proj, rounded=self.rounded)[0]
 
 
-def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def fused_linear(
+    x: Tensor, *layers: nn.Module, rounded: RoundedWeights | None = None
+) -> tuple[Tensor, ...]:
     """The outputs of layers of one input, with their adapters, as one autograd node."""
     x = in_compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        projections = [projection_of(layer) for layer in layers]
+        projections = [projection_of(layer, rounded, x.dtype) for layer in layers]
         return lora_linear(x, *projections, dropout=dropout_of(layers))
 
 
@@ -125,6 +134,7 @@ class FusedAttention(nn.Module):
         self._softcap = attention.attn_logit_softcapping if family.softcap else None
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._offset = family.norm_offset
+        self.rounded: RoundedWeights | None = None
         norm = getattr(attention, "q_norm", None)
         self._eps = 0.0 if norm is None else epsilon_of(norm)
 
@@ -161,11 +171,11 @@ class FusedAttention(nn.Module):
         out, _ = packed_attention_forward(
             self, q, k, v, attention_mask, scaling=self.scaling, **kwargs
         )
-        return fused_linear(out.flatten(2), output)[0], None
+        return fused_linear(out.flatten(2), output, rounded=self.rounded)[0], None
 
     def _heads(self, hidden: Tensor, layers: list[nn.Module]) -> list[Tensor]:
         """q [T, N, D], k and v [T, K, D]."""
-        found = fused_linear(hidden, *layers)
+        found = fused_linear(hidden, *layers, rounded=self.rounded)
         if len(found) == 1:  # Phi-3: one matrix for the three
             heads: Any = self.config
             sizes = (heads.num_attention_heads, *2 * (heads.num_key_value_heads,))

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from regrow.kernels.expert_mlp import ExpertProjection, expert_mlp
 from regrow.tasks.modeling.families import activation_of
 from regrow.tasks.modeling.projections import in_compute_dtype
+from regrow.tasks.modeling.quantized_experts import QuantizedStack
 
 _PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -80,6 +81,8 @@ def _are_ready(experts: Any) -> bool:
 
 def _projection(experts: Any, name: str) -> ExpertProjection:
     weight = getattr(bare_experts(experts), name)
+    if isinstance(weight, QuantizedStack):
+        weight = weight.dense()
     for wrapper in _wrappers(experts):
         (adapter,) = wrapper.active_adapters
         if wrapper.parameter_name == name and adapter in wrapper.lora_A:

@@ -101,12 +101,15 @@ def chosen_kernels(wanted: str | Sequence[str], device: str) -> tuple[str, ...]:
     """Names of the kernels to put in: of "auto" all on CUDA with Triton, none elsewhere.
 
     Args:
-        wanted: "auto", "off", or names in `KERNELS`, which then run on any device.
+        wanted: "auto", "off", or names in `KERNELS`, which then run on any device; "auto" among
+            them: where "auto" puts in any.
         device: "cuda" or "cpu".
     """
-    if wanted == "auto":
-        return KERNELS if device == "cuda" and backend.triton is not None else ()
-    return () if wanted == "off" else tuple(name for name in KERNELS if name in wanted)
+    if "auto" in wanted and (device != "cuda" or backend.triton is None):
+        return ()
+    if isinstance(wanted, str):
+        return KERNELS if wanted == "auto" else ()
+    return tuple(name for name in KERNELS if name in wanted)
 
 
 def swap_kernels(
@@ -163,9 +166,9 @@ def _note_other_norms(base: nn.Module, family: Family, done: Swapped) -> None:
     """Norms of classes that the kernel does not know."""
     for name, module in base.named_modules():
         kind = type(module).__name__
-        if kind.endswith("Norm") and not isinstance(module, FusedNorm):
-            if family.kind(module) != "RMSNorm":  # those have been told
-                done.leave("rms_norm", f"a norm of type {kind}", name)
+        known = isinstance(module, FusedNorm) or family.kind(module) == "RMSNorm"
+        if kind.endswith("Norm") and not known:
+            done.leave("rms_norm", f"a norm of type {kind}", name)
 
 
 def _of_kind(base: nn.Module, family: Family, kernel: str) -> Iterator[tuple[str, nn.Module]]:

@@ -36,6 +36,7 @@ def load_model(
     attention: str = packed.NAME,
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    tensor_parallel_size: int = 1,
 ) -> PreTrainedModel:
     """The causal language model in `path`, on the CPU, weights in `dtype`.
 
@@ -45,6 +46,8 @@ def load_model(
         dtype: a name in `DTYPES`.
         quantization: hold the linear layers in 4 or 8 bits (on the GPU, where there is one).
         attention: "regrow_packed" for packed rows, "sdpa" for generation and padded batches.
+        tensor_parallel_size: above 1, this process holds a part of each layer only, on its own
+            device, by Transformers' plan for the architecture; all processes call it together.
 
     Raises:
         StageError: a file is missing, the architecture is unknown, weights do not fit the
@@ -60,6 +63,7 @@ def load_model(
             directory,
             config=config,
             **({"quantization_config": quantized} if quantized else {}),
+            **_divided(tensor_parallel_size),
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
@@ -70,6 +74,39 @@ def load_model(
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
     _check_weights(report, directory)
+    _check_replaceable(model, attention, directory)
+    if quantized:
+        _keep_gradients(model)
+    return model
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes' 4-bit layers change their form in a validation and
+    keep it when training goes on, where that form gives wrong gradients without a word (0.50)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.__setattr__("support_avx512bf16_for_cpu", False)
+
+
+def random_model(
+    path: str | Path, seed: int, attention: str = packed.NAME, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in `path` with fresh random weights in float32: the same for one seed.
+
+    Raises:
+        StageError: as `load_model`.
+    """
+    directory = _model_directory(path)
+    config = _usable_config(directory, attention, trust_remote_code)
+    transformers.set_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     _check_replaceable(model, attention, directory)
     return model
 
@@ -105,6 +142,14 @@ def empty_model(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     _check_replaceable(model, attention, directory)
     return model
+
+
+def _divided(tensor_parallel_size: int) -> dict[str, Any]:
+    if tensor_parallel_size == 1:
+        return {}
+    from transformers.distributed import DistributedConfig  # many processes only
+
+    return {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
 
 
 def _usable_config(directory: Path, attention: str, trust_remote_code: bool) -> Any:

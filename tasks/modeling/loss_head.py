@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from regrow.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from regrow.tasks.modeling.batches import SUPERVISED_ROWS
 from regrow.tasks.modeling.projections import in_compute_dtype
+from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LossHead(nn.Linear):
         self._has_labels = False
         self._rows_n: Tensor | None = None
         self._hidden: Tensor | None = None
+        self.rounded: RoundedWeights | None = None
 
     def listen(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook, with keywords, of the outermost model: whether labels are given."""
@@ -74,11 +76,13 @@ class LossHead(nn.Linear):
         end = 1 + hidden.shape[-2]
         targets_N = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:end].flatten()
         terms = self._terms if self.training else LossTerms()
+        keeps = self.weight.dtype in (hidden.dtype, torch.float32)  # its gradient's type, too
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy(
                 hidden.flatten(0, -2),
-                self.weight.to(hidden.dtype),
+                self.weight if keeps else self.weight.to(hidden.dtype),
                 targets_N,
+                rounded_VH=self.rounded and self.rounded.of(self.weight, hidden.dtype),
                 rows_n=self._rows_n,
                 normalizer=num_items_in_batch,
                 softcap=self._softcap,

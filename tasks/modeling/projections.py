@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.kernels.lora_linear import Projection
+from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
 _LORA_LAYERS = ("Linear", "Linear4bit")  # of PEFT; Linear8bitLt multiplies in int8 (see `_base`)
 
@@ -76,10 +77,17 @@ def _is_ready(layer: Any) -> bool:
     return not _is_4bit(base) or getattr(base.weight, "quant_state", None) is not None
 
 
-def projection_of(layer: Any) -> Projection:
-    """The layer's weights as they are now; see `are_ready`."""
+def projection_of(
+    layer: Any, rounded: RoundedWeights | None = None, dtype: torch.dtype = torch.float32
+) -> Projection:
+    """The layer's weights as they are now; see `are_ready`.
+
+    Args:
+        rounded: keeps the weight in `dtype`, where that is not its own.
+    """
     if not isinstance(layer, LoraLayer):
-        return Projection(_weight(layer), bias=layer.bias)
+        copy = rounded and rounded.of(layer.weight, dtype)
+        return Projection(_weight(layer), bias=layer.bias, rounded=copy)
     peft: Any = layer
     (name,) = peft.active_adapters
     return Projection(

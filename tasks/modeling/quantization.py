@@ -31,16 +31,19 @@ class Quantization:
     """4 or 8."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of Transformers' `BitsAndBytesConfig`; dtypes by name."""
+    experts: bool = False
+    """Stacks of experts, too."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Quantization | None:
         """None for a base that is not quantized."""
         if recipe.load_in_8bit:
-            return cls(8, dict(recipe.bnb_config_kwargs))
+            return cls(8, dict(recipe.bnb_config_kwargs), recipe.quantize_moe_experts)
         if not recipe.load_in_4bit:
             return None
         defaults = {**_NF4, "bnb_4bit_compute_dtype": recipe.dtype}
-        return cls(4, {**defaults, **recipe.bnb_config_kwargs})
+        settings = {**defaults, **recipe.bnb_config_kwargs}
+        return cls(4, settings, recipe.quantize_moe_experts)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Quantization | None:
@@ -48,11 +51,13 @@ class Quantization:
         return cls(**data) if data else None
 
     def __str__(self) -> str:
+        with_experts = ", experts too" if self.experts else ""
         if self.bits == 8:
-            return "int8"
+            return f"int8{with_experts}"
         double = self.settings.get("bnb_4bit_use_double_quant")
         kind = self.settings.get("bnb_4bit_quant_type", "nf4")
-        return f"{kind}, {'double quantization' if double else 'simple quantization'}"
+        times = "double quantization" if double else "simple quantization"
+        return f"{kind}, {times}{with_experts}"
 
     def config(self) -> BitsAndBytesConfig:
         """As Transformers takes it.
@@ -67,9 +72,14 @@ class Quantization:
         # It would say, for every layer and step, that int8 is computed from float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         try:
-            return BitsAndBytesConfig(**{key: True, **self.settings})
+            config = BitsAndBytesConfig(**{key: True, **self.settings})
         except (TypeError, ValueError, AttributeError) as error:
             raise StageError(f"bnb_config_kwargs: {error}") from error
+        if not self.experts:
+            return config
+        from regrow.tasks.modeling.quantized_experts import experts_too
+
+        return experts_too(config)
 
     def is_quantized(self, name: str) -> bool:
         """Whether a linear layer of this name is: all but the output head and those left out."""

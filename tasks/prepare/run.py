@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from regrow.tasks import identity
 from regrow.tasks.modeling.row_sizes import write_sizes
 from regrow.tasks.prepare.counts import dataset_counts, split_counts, summary
 from regrow.tasks.prepare.examples import Corpus, Examples
 from regrow.tasks.prepare.formats.registry import chat_options
 from regrow.tasks.prepare.masking import MaskRules
+from regrow.tasks.prepare.mistral import save_mistral_tokenizer
 from regrow.tasks.prepare.ordering import shuffled, shuffled_within
 from regrow.tasks.prepare.packing import Packs, in_order, one_each, pack, row_sizes
 from regrow.tasks.prepare.preview import write_preview
@@ -24,7 +26,7 @@ from regrow.tasks.prepare.shards import WrittenSplit, write_split
 from regrow.tasks.prepare.spec import DatasetSpec, PrepareSpec
 from regrow.tasks.prepare.templates import TEMPLATES
 from regrow.tasks.prepare.tokenize import RowEncoding
-from regrow.tasks.prepare.tokenizer import SavedTokenizer, save_tokenizer
+from regrow.tasks.prepare.tokenizer import TOKENIZER_FILES, SavedTokenizer, save_tokenizer
 from regrow.tasks.stage import StageError, StageJob
 
 
@@ -65,8 +67,12 @@ def run(job: StageJob) -> dict[str, Any]:
 
 def _tokenizer(job: StageJob) -> SavedTokenizer:
     spec, placement = job.spec, job.placement
+    files = (*TOKENIZER_FILES, "*.py")  # of which programs run only where the recipe trusts them
+    place = identity.tokenizer_at(placement.tokenizer_path, spec.tokenizer, files)
+    if spec.mistral_common:
+        return save_mistral_tokenizer(place, job.out / "tokenizer")
     return save_tokenizer(
-        placement.tokenizer_path,
+        place,
         job.out / "tokenizer",
         special_tokens=spec.special_tokens,
         tokens=spec.tokens,

@@ -103,6 +103,8 @@ class PrepareSpec:
     stream_rows: int | None
     """Rows that training will use, if `datasets` are read no further than that."""
     seed: int
+    mistral_common: bool = False
+    """Conversations are written by mistral-common, and by no chat template."""
 
     @classmethod
     def from_recipe(
@@ -154,6 +156,7 @@ class PrepareSpec:
             shard_idx=recipe.dataset_shard_idx or 0,
             stream_rows=_stream_rows(recipe),
             seed=recipe.seed,
+            mistral_common=recipe.tokenizer_use_mistral_common,
         )
 
     @property

@@ -22,6 +22,7 @@ from regrow.tasks.prepare.example import Item, Pieces, RowError
 from regrow.tasks.prepare.formats.registry import FORMATS, kind_of
 from regrow.tasks.prepare.localize import LocalFile
 from regrow.tasks.prepare.masking import MaskRules
+from regrow.tasks.prepare.mistral import MistralEncoder
 from regrow.tasks.prepare.readers import Chunk, read_rows
 from regrow.tasks.prepare.tokenizer import SavedTokenizer, load_backend
 from regrow.tasks.stage import StageError
@@ -139,7 +140,11 @@ def reason_of(error: RowError) -> str:
 
 
 @lru_cache(maxsize=64)  # a process meets the chunks of many datasets in turn
-def _encoder(tokenizer: SavedTokenizer, template: str | None, rules: MaskRules) -> Encoder:
+def _encoder(
+    tokenizer: SavedTokenizer, template: str | None, rules: MaskRules
+) -> Encoder | MistralEncoder:
+    if tokenizer.tekken is not None:
+        return MistralEncoder(tokenizer, rules)
     return Encoder(tokenizer, template, rules, _aligner(tokenizer.path))
 
 
@@ -163,7 +168,10 @@ def _items(task: ChunkTask, bad: _BadRows) -> Iterator[tuple[int, Item]]:
 
 
 def _encode_good(
-    numbered: Sequence[tuple[int, Item]], encoder: Encoder, kind: str, bad: _BadRows
+    numbered: Sequence[tuple[int, Item]],
+    encoder: Encoder | MistralEncoder,
+    kind: str,
+    bad: _BadRows,
 ) -> list[_Encoded]:
     """Many at once; where one of them is refused, one half after the other until it is found."""
     try:
@@ -177,7 +185,7 @@ def _encode_good(
     return [each for half in halves for each in _encode_good(half, encoder, kind, bad)]
 
 
-def _encode(items: Sequence[Item], encoder: Encoder, kind: str) -> list[_Encoded]:
+def _encode(items: Sequence[Item], encoder: Encoder | MistralEncoder, kind: str) -> list[_Encoded]:
     tokens = iter(encoder.encode_many([source for item in items for source in item.sequences]))
     encoded = [_Encoded(item, list(islice(tokens, len(item.sequences)))) for item in items]
     if kind == "steps":

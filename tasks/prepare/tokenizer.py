@@ -16,9 +16,10 @@ from tokenizers import AddedToken, Tokenizer
 from regrow.infra import hub
 from regrow.tasks.stage import StageError
 
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "*token*.json",
+    "tekken.json",
     "vocab*",
     "merges.txt",
     "*.model",
@@ -42,6 +43,8 @@ class SavedTokenizer:
     special_texts: tuple[str, ...]
     """Text of every token that is marked special."""
     chat_template: str | None
+    tekken: str | None = None
+    """mistral-common's own file, where that writes the conversations."""
 
 
 def save_tokenizer(
@@ -61,7 +64,7 @@ def save_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    patterns = (*_FILES, "*.py") if trust_remote_code else _FILES
+    patterns = (*TOKENIZER_FILES, "*.py") if trust_remote_code else TOKENIZER_FILES
     directory = hub.local_directory(place, "model", patterns)
     try:
         loaded: Any = AutoTokenizer.from_pretrained(
@@ -78,7 +81,7 @@ def save_tokenizer(
         loaded.pad_token = loaded.eos_token  # masks never go by it, and batches of prompts need one
     loaded.chat_template = chat_template or loaded.chat_template or fallback_template
     loaded.save_pretrained(str(out))
-    _forget_place(out / "tokenizer_config.json")
+    forget_place(out / "tokenizer_config.json")
     if loaded.eos_token is None:
         raise StageError("the tokenizer has no eos token; set `special_tokens: {eos_token: ...}`")
     if not (out / "tokenizer.json").is_file():
@@ -86,10 +89,11 @@ def save_tokenizer(
             f"tokenizer at {place}: it has no tokenizer.json and cannot be made into one, so "
             "characters cannot be traced to tokens; name another with `tokenizer_config`"
         )
-    return _describe(loaded, out)
+    return describe(loaded, out)
 
 
-def _describe(loaded: Any, out: Path) -> SavedTokenizer:
+def describe(loaded: Any, out: Path) -> SavedTokenizer:
+    """What workers need to know of a tokenizer that is saved in `out`."""
     template = loaded.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -105,7 +109,8 @@ def _describe(loaded: Any, out: Path) -> SavedTokenizer:
     )
 
 
-def _forget_place(path: Path) -> None:
+def forget_place(path: Path) -> None:
+    """Take out of a saved configuration what says where it came from."""
     kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in _PLACE_KEYS}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from regrow.tasks.modeling.recompute import checkpoint_arguments
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.devices import check_devices, devices_here
 from regrow.tasks.train.optimizers import check_optimizer, transformers_arguments
@@ -93,19 +92,6 @@ def with_steps(
     }
     for name, value in changes.items():
         setattr(args, name, value)
-    return args
-
-
-def with_checkpointing(
-    args: TrainingArguments, policy: str, use_reentrant: bool
-) -> TrainingArguments:
-    """The arguments with what is computed again: a policy in `regrow.tasks.modeling.recompute`."""
-    how = checkpoint_arguments(policy, use_reentrant)
-    # Transformers 5.23 renamed the first to the second, and keeps both alike.
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if name in _known():
-            setattr(args, name, how is not None)
-            setattr(args, f"{name}_kwargs", how)
     return args
 
 

@@ -71,6 +71,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         pad_to: tokens of each row, or None; `multiple_of` then pads the micro-batch.
         start: steps done already; index 0 is the first micro-batch after them.
         context: (rank, number) among the processes that share each row.
+        counts: whether tokens are counted here; not so where another process reads the same.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class MicroBatches(Dataset[dict[str, Any]]):
         start: int = 0,
         multiple_of: int = 1,
         context: tuple[int, int] = (0, 1),
+        counts: bool = True,
     ) -> None:
-        self._context = context
+        self._context, self._counts = context, counts
         if context[1] > 1:
             multiple_of = tokens_multiple(context[1], multiple_of)
         self._rows, self._order, self._split, self._rank = rows, order, split, rank
@@ -122,8 +124,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         rank, processes = self._context
         if processes > 1:
             batch = slice_batch(batch, rank, processes)
-        # Rows that several processes share are counted once.
-        counted = rows if rank == 0 else []
+        counted = rows if self._counts else []
         return batch | {
             TOKENS: sum(len(row.input_ids) for row in counted),
             SUPERVISED: sum(int(row.loss_mask.sum()) for row in counted),

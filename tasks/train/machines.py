@@ -18,6 +18,7 @@ from regrow.tasks.train.part import PEER_LOST, Call, Ended, run_ranks
 
 _POLL = 0.2
 _TELL_EVERY = 60.0
+_LATECOMERS = 300.0  # machines of one job come within minutes of each other
 _LAST_WORDS = 60.0  # for the parts of other machines to end after one failed (30 s of grace each)
 
 
@@ -112,6 +113,17 @@ class FirstMachine:
             time.sleep(_POLL)
             ends = self._meeting.ends(number)
         return ends
+
+
+def send_away(nodes: Nodes, say: Callable[[str], None], why: str = "") -> None:
+    """On machine 0, where there is nothing to train: the others, who wait for it, hear it and end.
+
+    Args:
+        why: what failed before; "" when nothing did.
+    """
+    say(f"telling the {nodes.count - 1} other machines that there is nothing to train")
+    # Attempts are numbered from 0, and whoever comes asks for that one.
+    Meeting.host(nodes).close(0, why, seconds=_LAST_WORDS if why else _LATECOMERS)
 
 
 def failures(ends: Mapping[int, Ended], log: Path) -> list[WorkerFailed]:

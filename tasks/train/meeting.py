@@ -24,6 +24,7 @@ from torch.distributed import DistError
 from torch.distributed import TCPStore as _TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from regrow.infra.nodes import Nodes
+from regrow.tasks.stage import StageError
 from regrow.tasks.train.part import Call, Ended
 
 _POLL = 0.5
@@ -31,6 +32,7 @@ _JOIN_SECONDS = 5  # of one try, in which no signal is heard; the next follows
 # A machine that lost its peers notices by itself within moments (gloo, NCCL's monitor) and ends in
 # good order; after this long it is ended.
 _GRACE = 30.0
+_PORT_SECONDS = 60.0  # a run before that is just ending may have the port still
 _TELL_EVERY = 60.0
 
 
@@ -55,11 +57,30 @@ class Meeting:
         """The same for all who are at it."""
 
     @classmethod
-    def host(cls, nodes: Nodes) -> Meeting:
-        """Machine 0's side; it listens on all its addresses, as torchrun does."""
-        store = _TCPStore(nodes.address, nodes.port, is_master=True, wait_for_workers=False)
-        store.set("meeting", uuid.uuid4().hex)
-        return cls(store, nodes)
+    def host(cls, nodes: Nodes, patience: float = _PORT_SECONDS) -> Meeting:
+        """Machine 0's side; it listens on all its addresses, as torchrun does.
+
+        Args:
+            patience: seconds for which a port that another process still has is waited for.
+
+        Raises:
+            StageError: when it stays in use.
+        """
+        end = time.monotonic() + patience
+        while True:
+            try:
+                store = _TCPStore(nodes.address, nodes.port, is_master=True, wait_for_workers=False)
+            except DistError as error:
+                if time.monotonic() > end:
+                    raise StageError(
+                        f"MASTER_PORT: this machine cannot listen on port {nodes.port} "
+                        f"({str(error).splitlines()[0]}); end the process that has it, or choose "
+                        "another port on all machines"
+                    ) from error
+                time.sleep(_POLL)
+                continue
+            store.set("meeting", uuid.uuid4().hex)
+            return cls(store, nodes)
 
     @classmethod
     def join(cls, nodes: Nodes, say: Callable[[str], None]) -> Meeting:
@@ -110,6 +131,7 @@ class Meeting:
         end = time.monotonic() + seconds
         while not self._store.check(left) and time.monotonic() < end:
             time.sleep(_POLL / 10)
+        del self._store  # an error on its way up may hold on to this object, and so to the port
 
     # ---- every other machine ----
 

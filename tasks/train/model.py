@@ -27,16 +27,26 @@ from regrow.tasks.modeling.kernels import (
     chosen_kernels,
     swap_kernels,
 )
-from regrow.tasks.modeling.load import DTYPES, grow_embeddings, load_model, load_tokenizer
+from regrow.tasks.modeling.load import (
+    DTYPES,
+    grow_embeddings,
+    load_model,
+    load_tokenizer,
+    random_model,
+)
 from regrow.tasks.modeling.loss_head import LossTerms
-from regrow.tasks.modeling.recompute import LayerSizes, choose_policy, free_bytes
 from regrow.tasks.modeling.rounds import Rounds
 from regrow.tasks.modeling.rows import PackedRows, Row
+from regrow.tasks.modeling.tensor_parallel import (
+    check_adapter,
+    name_whole_sizes,
+    take_first_values,
+)
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.adapter_spec import AdapterSpec
-from regrow.tasks.train.costs import row_lengths
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.noise import EmbeddingNoise
+from regrow.tasks.train.state import trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +67,21 @@ class TrainedModel:
     """Of a ReLoRA training: what the adapter has learnt before it began anew."""
     kernels: Swapped = field(default_factory=Swapped)
     """Which of our kernels compute it."""
-    policy: str = "none"
-    """What is computed again in the backward pass; see `regrow.tasks.modeling.recompute`."""
     routers: Routers | None = None
     """Of a mixture whose experts are balanced."""
 
 
-def build_model(job: WorkerJob) -> TrainedModel:
+def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
     """The model that the job's spec describes: the same on every rank, and after each resume.
+
+    Args:
+        whole: this process alone gets all of it, however training divides it.
 
     Raises:
         StageError: for a base, an adapter or a vocabulary that do not fit together.
     """
     spec = job.spec
-    model = load_model(
-        job.base_model,
-        # What is trained is float32: in bfloat16 most small updates round to nothing.
-        dtype=spec.dtype if spec.adapter else "float32",
-        trust_remote_code=job.placement.trust_remote_code,
-        quantization=spec.quantization,
-    )
+    model = _base(job, whole=whole)
     use_cache = bool(getattr(model.config, "use_cache", True))
     new_tokens = grow_embeddings(model, len(load_tokenizer(job.prepared / "tokenizer")))
     set_seed(spec.seed)
@@ -84,7 +89,7 @@ def build_model(job: WorkerJob) -> TrainedModel:
     first_values = None
     trained: Any = model
     if spec.adapter:
-        trained = _with_adapter(model, spec.adapter, job)
+        trained = _with_adapter(model, spec.adapter, job, whole=whole)
         _check_new_tokens(trained, new_tokens)
         if changes_base(spec.adapter.init):
             first_values = job.work / f"first-values-{_rank()}"
@@ -95,34 +100,23 @@ def build_model(job: WorkerJob) -> TrainedModel:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
     rounds = Rounds(trained, DTYPES[spec.dtype]) if spec.relora else None
     kernels = _swap(trained, job)
-    policy = _policy(trained, job, kernels)
     routers = Routers(trained, spec.router_aux_loss_coef) if spec.router_aux_loss else None
-    return TrainedModel(trained, use_cache, partly, first_values, rounds, kernels, policy, routers)
+    return TrainedModel(trained, use_cache, partly, first_values, rounds, kernels, routers)
 
 
-# What `recompute.LayerSizes` counts is what layers keep with these; without them it is more.
-_COUNTED = frozenset({"attention", "cross_entropy"})
-
-
-def _policy(model: Any, job: WorkerJob, kernels: Swapped) -> str:
-    """The placement's gradient checkpointing as one of `recompute.POLICIES`."""
-    place, wanted = job.placement, job.placement.gradient_checkpointing
-    if isinstance(wanted, bool):
-        return "full" if wanted else "none"
-    if wanted != "auto":
-        return wanted
-    if place.device == "cpu" or not torch.cuda.is_available():
-        return "none"
-    if not kernels.modules.keys() >= _COUNTED or not kernels.modules.keys() & {"mlp", "experts"}:
-        logger.info("gradient_checkpointing: full, since not all kernels run")
-        return "full"
-    longest = max(int(row_lengths(job.prepared).max()), place.pad_to or 0)
-    tokens = place.micro_batch_size * longest // place.sharding.context_parallel_size
-    # Sharded weights leave more memory free than is counted here: never too little is computed.
-    element = 2 if job.spec.adapter else 4  # trained weights are float32, and so are their sums
-    policy = choose_policy(LayerSizes.of(model.config), tokens, free_bytes(model), element)
-    logger.info("gradient_checkpointing: %s, for micro-batches of %d tokens", policy, tokens)
-    return policy
+def _base(job: WorkerJob, *, whole: bool) -> Any:
+    """The model that training begins with, before anything is put on it."""
+    spec, trust = job.spec, job.placement.trust_remote_code
+    if spec.reinit_weights:
+        return random_model(job.base_model, spec.seed, trust_remote_code=trust)
+    return load_model(
+        job.base_model,
+        # What is trained is float32: in bfloat16 most small updates round to nothing.
+        dtype=spec.dtype if spec.adapter else "float32",
+        trust_remote_code=trust,
+        quantization=spec.quantization,
+        tensor_parallel_size=1 if whole else job.placement.sharding.tensor_parallel_size,
+    )
 
 
 def _swap(model: Any, job: WorkerJob) -> Swapped:
@@ -130,24 +124,40 @@ def _swap(model: Any, job: WorkerJob) -> Swapped:
     spec, place = job.spec, job.placement
     on_cuda = place.device != "cpu" and torch.cuda.is_available()
     kernels = chosen_kernels(place.kernels, "cuda" if on_cuda else "cpu")
+    if place.sharding.tensor_parallel_size > 1:  # they know whole layers only
+        kernels = ()
     if spec.relora:  # they know one adapter on a layer, and its earlier rounds are a second one
         kernels = tuple(name for name in kernels if name not in WITH_ADAPTERS)
     terms = LossTerms(spec.label_smoothing, spec.z_loss)
     return swap_kernels(model, kernels, terms, whole_layers=place.sharding.gathers_layers)
 
 
-def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob) -> PeftModel:
+def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob, *, whole: bool) -> PeftModel:
     if spec.start is not None:
         assert job.start_adapter is not None
         return load_adapter(model, job.start_adapter, trainable=True)
+    divided = job.placement.sharding.tensor_parallel_size > 1 and not whole
+    if divided:
+        others = bool(spec.modules_to_save or spec.trainable_tokens or spec.target_parameters)
+        check_adapter(spec.init, spec.dora, others)
     settings = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     del settings["start"]
     adapted = add_adapter(model, **settings)
+    if divided:
+        name_whole_sizes(adapted)
+        first = _rank() == 0
+        take_first_values(adapted, trained_parameters(_one_process(job)) if first else None)
+        set_seed(job.spec.seed)  # drop out the same on all
     if spec.init == "eva":
         if torch.cuda.is_available():
             adapted.to(torch.device("cuda", torch.cuda.current_device()))
         initialise_from_data(adapted, _rows(job.prepared))
     return adapted
+
+
+def _one_process(job: WorkerJob) -> Any:
+    """The model as one process alone builds it, in the host's memory."""
+    return build_model(job, whole=True).model
 
 
 def _rank() -> int:

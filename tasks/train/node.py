@@ -15,11 +15,13 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 
 from regrow.infra.nodes import Nodes, nodes_here
 from regrow.infra.settings import load_settings
 from regrow.tasks.stage import StageError
+from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.meeting import Lost, Meeting, Over
 from regrow.tasks.train.part import Call, Ended, failure_of, localize, take_part
 
@@ -39,25 +41,37 @@ def follow(nodes: Nodes, work: Path, logs: Path) -> str:
         try:
             while True:
                 call = meeting.next_call(attempt)
-                attempt += 1
-                _take_part(meeting, attempt - 1, call, nodes.rank, work, logs)
+                job = _get_ready(meeting, attempt, call, nodes.rank, work / f"attempt-{attempt}")
+                attempt += 1  # had the answer been lost, the same call would be answered again
+                if job is not None:
+                    _take_part(meeting, attempt - 1, call, job, nodes.rank, logs)
         except Over as over:
             return over.why
         except Lost as lost:
             logger.warning("machine 0 has gone (%s)", lost)
 
 
-def _take_part(
-    meeting: Meeting, attempt: int, call: Call, rank: int, work: Path, logs: Path
-) -> None:
-    here = work / f"attempt-{attempt}"
+def _get_ready(
+    meeting: Meeting, attempt: int, call: Call, rank: int, here: Path
+) -> WorkerJob | None:
+    """The job in a directory that is new; None when this machine cannot take part."""
     try:
+        if here.exists():  # of machine 0's run before, which had an attempt of that number too
+            shutil.rmtree(here)
         job = localize(call, here)
-    except (StageError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        meeting.tell_ready(attempt, f"machine {rank}: {error}")
-        return
+    except Exception as error:  # noqa: BLE001 (machine 0 is told, whatever it is, and says it)
+        known = isinstance(error, (StageError, ValueError, OSError))
+        logger.error("%s", error, exc_info=not known)
+        told = str(error) if known else f"{type(error).__name__}: {error}"
+        meeting.tell_ready(attempt, f"machine {rank}: {told}")
+        return None
     meeting.tell_ready(attempt)
+    return job
+
+
+def _take_part(
+    meeting: Meeting, attempt: int, call: Call, job: WorkerJob, rank: int, logs: Path
+) -> None:
     logger.info("training begins: %d machines, attempt %d", call.machines, attempt + 1)
     stop, done = threading.Event(), threading.Event()
     watcher = threading.Thread(target=meeting.watch, args=(attempt, stop, done), daemon=True)
@@ -68,11 +82,14 @@ def _take_part(
         with contextlib.suppress(Lost):  # machine 0 may be told to stop at the same moment
             meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
         raise
+    except Exception as error:  # noqa: BLE001 (machine 0 would wait for an end that never comes)
+        logger.exception("this machine's part failed")
+        ended = Ended(failure_of(f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
     finally:
         done.set()
         watcher.join()
     meeting.tell_end(attempt, ended)
-    shutil.rmtree(here, ignore_errors=True)
+    shutil.rmtree(job.work, ignore_errors=True)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -30,7 +30,8 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
     """
     sharding, processes = placement.sharding, world_size()
     check_divides(processes, sharding.context_parallel_size)
-    groups = processes // sharding.context_parallel_size
+    _check_tensor_parallel(spec, sharding, processes)
+    groups = processes // sharding.context_parallel_size // sharding.tensor_parallel_size
     split = choose_split(spec.global_batch_size, placement.micro_batch_size, groups)
     settings: dict[str, Any] = {
         # DeepSpeed reads them while the arguments are built.
@@ -51,6 +52,20 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
         if config is not None:
             settings["parallelism_config"] = config
     return settings
+
+
+def _check_tensor_parallel(spec: TrainSpec, sharding: Sharding, processes: int) -> None:
+    """Raises StageError for what Transformers' tensor parallelism cannot be combined with."""
+    size = sharding.tensor_parallel_size
+    if size == 1:
+        return
+    if size != processes:
+        raise StageError(
+            f"tensor_parallel_size: {size} of {processes} training processes: a model divided this "
+            "way is one copy over all of them; set it to their number, or use `fsdp_config`"
+        )
+    if spec.quantization is not None:
+        raise StageError("tensor_parallel_size: a quantized base cannot be divided; use DDP")
 
 
 def _mesh(sharding: Sharding, processes: int) -> ParallelismConfig | None:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.infra import hub
 from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.launch import WorkerFailed, run_workers
 from regrow.infra.nodes import Nodes
+from regrow.tasks import identity
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.job import WorkerJob
+from regrow.tasks.train.spec import TrainPlacement, TrainSpec
 
 WORKER = "regrow.tasks.train.worker"
-MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.model")  # no pickles, no second formats
 EVIDENCE = ("stacks-rank-*.txt", "non-finite-rank-*.json")
 """What a failed worker leaves in its directory for people."""
 
@@ -104,15 +104,22 @@ def localize(call: Call, work: Path) -> WorkerJob:
                 "that train together need one store: set `store` to a URL or a shared directory"
             )
         prepared = artifacts.fetch(record)
-    place, adapter = job.placement, job.placement.start_adapter
     return dataclasses.replace(
         job,
         prepared=prepared,
-        base_model=hub.local_directory(place.base_model, "model", MODEL_FILES),
-        start_adapter=hub.local_directory(adapter, "model", ("adapter_*",)) if adapter else None,
+        base_model=identity.weights_at(job.placement.base_model, job.spec.base_model_digest),
+        start_adapter=start_adapter(job.spec, job.placement),
         out=work / "final",
         work=work,
     )
+
+
+def start_adapter(spec: TrainSpec, placement: TrainPlacement) -> Path | None:
+    """The adapter that training starts from, on this machine, if there is one."""
+    if placement.start_adapter is None:
+        return None
+    assert spec.adapter is not None, "an adapter to start from without an adapter to train"
+    return identity.adapter_at(placement.start_adapter, spec.adapter.start)
 
 
 def run_ranks(

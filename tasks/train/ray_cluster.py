@@ -12,17 +12,18 @@ import shutil
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from regrow.infra.artifacts import ArtifactStore
-from regrow.infra.launch import free_port
+from regrow.infra.launch import WorkerFailed, free_port
 from regrow.tasks.stage import Reporter, StageError
 from regrow.tasks.train.cluster import RayWorkers
 from regrow.tasks.train.job import WorkerJob
@@ -59,6 +60,9 @@ class Machine:
                 ended = _hand_over(call, job, handover)
         except (StageError, ValueError, OSError) as error:
             ended = Ended(failure_of(f"StageError: {error}"))
+        except Exception as error:  # noqa: BLE001 (it is told, and not as the loss of a worker)
+            told = f"{type(error).__name__}: {error}"
+            ended = Ended(failure_of(told, rank=rank, trace=traceback.format_exc()))
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return ended.to_json()
@@ -106,12 +110,12 @@ class RayCluster:
 
     def run(self, job: WorkerJob, on_line: Callable[[str], None], log: Path) -> None:
         """See `Machines.run`."""
-        count = self._workers.count or sum(bool(node["Alive"]) for node in ray.nodes())
+        count = self._workers.count or machines_with(self._workers.resources, ray.nodes())
         group = self._reserve(count, job.placement.hang_timeout)
         machines: list[Any] = []
         try:
             machines = [_machine(group, index) for index in range(count)]
-            address, port = ray.get(machines[0].place.remote())
+            address, port = _place(machines[0], log)
             call = Call(job.to_json(), self._store, self._prepared, count, address, port)
             ends = self._attend(call, machines, on_line, log)
         finally:
@@ -182,6 +186,26 @@ class RayCluster:
             ray.shutdown()
 
 
+def machines_with(resources: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> int:
+    """How many living machines of a cluster have what one worker needs; 1 where none has, so that
+    what is missing is named. A head node often has no GPU."""
+    able = [
+        node
+        for node in nodes
+        if node["Alive"]
+        and all(node["Resources"].get(name, 0) >= need for name, need in resources.items())
+    ]
+    return max(1, len(able))
+
+
+def _place(machine: Any, log: Path) -> tuple[str, int]:
+    """Where the ranks meet. Raises WorkerFailed when the first machine has gone already."""
+    try:
+        return ray.get(machine.place.remote())
+    except RayError as error:
+        raise WorkerFailed(f"{_GONE}: {type(error).__name__}", 0, "", log, "SIGKILL") from error
+
+
 def _machine(group: Any, index: int) -> Any:
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
     bundle: Mapping[str, float] = group.bundle_specs[index]
@@ -222,5 +246,7 @@ def _lines(machine: Any) -> list[str]:
 def _ended(reference: Any) -> Ended:
     try:
         return Ended.from_json(ray.get(reference))
+    except RayTaskError as error:  # the actor lives: this is an error of ours, not its loss
+        return Ended(failure_of(f"{type(error.cause).__name__}: {error.cause}", trace=str(error)))
     except RayError as error:
         return Ended(failure_of(f"{_GONE}: {type(error).__name__}", "SIGKILL"))

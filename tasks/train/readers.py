@@ -21,14 +21,18 @@ class Reader:
     count: int
     context: tuple[int, int] = (0, 1)
     """(rank, number) among the processes that share each row."""
+    counts: bool = True
+    """Whether this process counts the tokens that it reads: one of those that read the same."""
     multiple_of: int = 1
     """Tokens of what a process computes are padded to a multiple of it."""
 
     @classmethod
     def of(cls, sharding: Sharding, rank: int, processes: int, multiple_of: int = 1) -> Reader:
         """Neighbours in rank share rows: they are on one machine first."""
-        size = sharding.context_parallel_size
-        return cls(rank // size, processes // size, (rank % size, size), multiple_of)
+        size, copies = sharding.context_parallel_size, sharding.tensor_parallel_size
+        group, within = divmod(rank, size * copies)
+        context = (within // copies, size)
+        return cls(group, processes // (size * copies), context, within == 0, multiple_of)
 
     def training(
         self,
@@ -41,7 +45,16 @@ class Reader:
     ) -> MicroBatches:
         """The micro-batches of a training of so many steps, of which some are done."""
         return MicroBatches(
-            rows, order, split, self.rank, steps, pad_to, done, self.multiple_of, self.context
+            rows,
+            order,
+            split,
+            self.rank,
+            steps,
+            pad_to,
+            done,
+            self.multiple_of,
+            self.context,
+            self.counts,
         )
 
     def validation(self, prepared: Path, micro_batch_size: int, pad_to: int | None) -> MicroBatches:
@@ -58,6 +71,7 @@ class Reader:
             pad_to,
             multiple_of=self.multiple_of,
             context=self.context,
+            counts=self.counts,
         )
 
 

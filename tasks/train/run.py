@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from regrow.infra import hub
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.nodes import nodes_here
+from regrow.tasks import identity
 from regrow.tasks.stage import Reporter, StageJob
 from regrow.tasks.train.attempts import Attempts
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
 from regrow.tasks.train.machines import FirstMachine, Machines, ThisMachine
 from regrow.tasks.train.metrics import thin
-from regrow.tasks.train.part import MODEL_FILES
+from regrow.tasks.train.part import start_adapter
 from regrow.tasks.train.spec import TrainPlacement
 
 _MOST_POINTS = 500  # of the curves in a result: enough for a plot, some 50 kB of JSON
@@ -52,11 +52,11 @@ def run(job: StageJob) -> dict[str, Any]:
         spec=job.spec,
         placement=placement,
         prepared=job.inputs["prepare"],
-        base_model=hub.local_directory(placement.base_model, "model", MODEL_FILES),
+        base_model=identity.weights_at(placement.base_model, job.spec.base_model_digest),
         out=work / "final",
         work=work,
         checkpoints=_checkpoint_place(job),
-        start_adapter=_start_adapter(placement),
+        start_adapter=start_adapter(job.spec, placement),
         tracking=job.tracking,
     )
     logs = job.logs or work
@@ -68,12 +68,6 @@ def run(job: StageJob) -> dict[str, Any]:
         shutil.move(path, job.out / path.name)
     result = json.loads(worker_job.result_path.read_text())
     return result | {"history": thin(result["history"], _MOST_POINTS)}
-
-
-def _start_adapter(placement: TrainPlacement) -> Path | None:
-    if placement.start_adapter is None:
-        return None
-    return hub.local_directory(placement.start_adapter, "model", ("adapter_*",))
 
 
 def _checkpoint_place(job: StageJob) -> CheckpointPlace | None:

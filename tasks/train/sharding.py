@@ -24,11 +24,14 @@ class Sharding:
     """Processes of each copy, beside those that share its rows; None: what is left."""
     context_parallel_size: int = 1
     """Processes that share each row."""
+    tensor_parallel_size: int = 1
+    """Processes that each hold a part of every layer."""
 
     @property
     def shards(self) -> bool:
         """Whether no process holds the whole of what it trains."""
-        return self.fsdp is not None or _zero_stage(self) == 3
+        divided = self.tensor_parallel_size > 1
+        return self.fsdp is not None or _zero_stage(self) == 3 or divided
 
     @property
     def gathers_layers(self) -> bool:
@@ -54,8 +57,14 @@ class Sharding:
             }
             if config.transformer_layer_cls_to_wrap:
                 fsdp["transformer_layer_cls_to_wrap"] = list(config.transformer_layer_cls_to_wrap)
-        sizes = (recipe.dp_replicate_size, recipe.dp_shard_size, recipe.context_parallel_size)
-        return cls(fsdp, recipe.deepspeed, *sizes)
+        return cls(
+            fsdp,
+            recipe.deepspeed,
+            recipe.dp_replicate_size,
+            recipe.dp_shard_size,
+            recipe.context_parallel_size,
+            recipe.tensor_parallel_size,
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Sharding:

@@ -64,6 +64,8 @@ class TrainSpec:
     """None: the weights themselves are trained."""
     quantization: Quantization | None = None
     """Of the base below an adapter; None: it is held in `dtype`."""
+    reinit_weights: bool = False
+    """Training begins at random weights; of the base model only the architecture counts."""
     unfrozen: tuple[str, ...] = ()
     """Without an adapter: regular expressions of the parameters that are trained; none: all."""
     max_steps: int | None = None
@@ -132,6 +134,7 @@ class TrainSpec:
             dtype=recipe.dtype,
             adapter=AdapterSpec.from_recipe(recipe, start_adapter_digest),
             quantization=Quantization.from_recipe(recipe),
+            reinit_weights=recipe.reinit_weights,
             unfrozen=recipe.unfrozen_parameters,
             global_batch_size=recipe.global_batch_size,
             num_epochs=recipe.num_epochs,

@@ -27,9 +27,10 @@ from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.launch import local_rank
 from regrow.tasks.modeling.ends import align_special_ids
 from regrow.tasks.modeling.load import DTYPES, load_tokenizer
+from regrow.tasks.modeling.recompute import recompute_layers
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError
-from regrow.tasks.train.arguments import training_arguments, with_checkpointing, with_steps
+from regrow.tasks.train.arguments import training_arguments, with_steps
 from regrow.tasks.train.callbacks import FollowSchedule, LiveReporter, RecordMetrics
 from regrow.tasks.train.checkpoint import (
     METRICS_FILE,
@@ -42,6 +43,7 @@ from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_s
 from regrow.tasks.train.costs import row_costs, row_lengths
 from regrow.tasks.train.export import save_adapter, save_model, save_rounds
 from regrow.tasks.train.files import SavedState
+from regrow.tasks.train.fitting import Fit, fit
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.loader import CUDA_MULTIPLE
 from regrow.tasks.train.metrics import Meter, MetricsFile, Totals, peak_memory_gib, read_metrics
@@ -55,6 +57,7 @@ from regrow.tasks.train.saving import BackgroundSaver, Ranks, Resume, SaveCheckp
 from regrow.tasks.train.schedule import total_steps, warmup_steps
 from regrow.tasks.train.state import Engine, trained_parameters
 from regrow.tasks.train.trainers.sft import SftTrainer
+from regrow.tasks.train.undivided import keep_undivided
 from regrow.tasks.train.watchdog import Watchdog, stacks_name
 
 logger = logging.getLogger("regrow.tasks.train.worker")  # __name__ is __main__ when launched
@@ -94,8 +97,9 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     with whole_model_loading(args):
         trained = build_model(job)
     share_rows(trained.model, job.placement.sharding)
-    args = with_checkpointing(args, trained.policy, job.placement.use_reentrant)
-    trainer = _build_trainer(job, args, course, trained, meter, rows, start, reader)
+    fitted = fit(job, trained.model.config, trained.kernels, course.split, args)
+    recompute_layers(trained.model, fitted.policy, job.placement.use_reentrant)
+    trainer = _build_trainer(job, args, course, trained, fitted, meter, rows, start, reader)
     best = _keep_best(job, start, trainer, args.process_index)
     relora = _relora(job, start, trained, args.process_index)
     ranks = Ranks.of(args)
@@ -120,7 +124,7 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
             saver.finish() if stop.reason else saver.wait()
     if stop.reason:
         return {"preempted": stop.reason, "step": trainer.state.global_step}
-    return _finish(job, trainer, course, meter, trained, best)
+    return _finish(job, trainer, course, meter, trained, fitted, best)
 
 
 # ---- before ----
@@ -335,6 +339,7 @@ def _build_trainer(
     args: TrainingArguments,
     course: Course,
     trained: TrainedModel,
+    fitted: Fit,
     meter: Meter,
     rows: PackedRows,
     start: Checkpoint | None,
@@ -352,13 +357,15 @@ def _build_trainer(
         spec=job.spec,
         partly_trained=trained.partly_trained,
         model_has_loss=trained.kernels.head is not None,
-        offloads=trained.policy == "offload",
+        offloads=fitted.policy == "offload",
+        stays=fitted.stays,
         routers=trained.routers,
         batches=batches,
         validation=validation,
         meter=meter,
         autocast=None if job.spec.dtype == "float32" else DTYPES[job.spec.dtype],
     )
+    keep_undivided(trained.model, trainer.accelerator)
     trainer.remove_callback(PrinterCallback)  # our own line says it
     return trainer
 
@@ -372,12 +379,13 @@ def _finish(
     course: Course,
     meter: Meter,
     trained: TrainedModel,
+    fitted: Fit,
     best: KeepBest | None,
 ) -> dict[str, Any]:
     trainer.use_final_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = _result(trainer, course, meter, model)
-    result["timing"] |= {"kernels": trained.kernels.record(), "recomputes": trained.policy}
+    result["timing"] |= {"kernels": trained.kernels.record(), **fitted.record()}
     is_first = trainer.args.process_index == 0
     if trainer.engine.is_sharded():
         with whole_model_loading(trainer.args):
@@ -396,7 +404,7 @@ def _finish(
 
 def _whole_model(job: WorkerJob, engine: Engine, is_first: bool) -> Any:
     """On rank 0 the trained model, built anew in the host's memory, one tensor after the other."""
-    model = build_model(job).model if is_first else None
+    model = build_model(job, whole=True).model if is_first else None
     parameters = trained_parameters(model) if model is not None else {}
     for name, weight in engine.whole_weights():
         if is_first:
@@ -441,7 +449,7 @@ def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[
 
 def _curves(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Losses by step, without times."""
-    curve = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    curve = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "router_aux_loss")
     history = [{name: r[name] for name in curve if name in r} for r in records]
     losses = [r["loss"] for r in history if "loss" in r]
     evals = [{"step": r["step"], "loss": r["eval_loss"]} for r in history if "eval_loss" in r]

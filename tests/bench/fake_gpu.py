@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import subprocess
 import sys
@@ -273,6 +274,20 @@ def batch_of(case: Any, vocabulary: int) -> dict[str, Any]:
     return found | {"num_items_in_batch": torch.tensor(1, device="cuda")}
 
 
+def _mark_layers(model: Any, meter: Meter) -> None:
+    """The word for a backward pass is another one from the last layer on."""
+
+    def begin(gradient: Any) -> None:
+        meter.word = "layers"
+
+    def watch(layer: Any, args: Any, output: Any) -> None:
+        if output.requires_grad:
+            output.register_hook(begin)
+
+    layers = [m for name, m in model.named_modules() if name.endswith(".layers")]
+    layers[0][-1].register_forward_hook(watch)
+
+
 def measure(case: Any) -> dict[str, float]:
     """Bytes alive at most in each part of the second step."""
     import torch
@@ -288,6 +303,7 @@ def measure(case: Any) -> dict[str, float]:
                 model.enable_input_require_grads()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
+        _mark_layers(model, meter)
         static = meter.now
         batch = batch_of(case, model.config.vocab_size)
         for _ in range(2):
@@ -315,7 +331,13 @@ def main() -> None:
     believe_in_cuda()
     from tests.bench.memory_table import CASES, GIB, predicted
 
-    for case in CASES:
+    more = (
+        dataclasses.replace(CASES[12], kernels="off"),
+        dataclasses.replace(CASES[13], kernels="off"),
+        dataclasses.replace(CASES[0], checkpointing=True, kernels="off", rows=1),
+        dataclasses.replace(CASES[7], rows=2, kernels="off"),
+    )
+    for case in CASES + more:
         if options.only not in case.name:
             continue
         begin = time.monotonic()

@@ -21,7 +21,7 @@ from regrow.configs.load import load_recipe
 from regrow.configs.recipe import Recipe
 from regrow.configs.schema import json_schema
 from regrow.configs.sections.data import Dataset
-from regrow.configs.vocabulary import is_off
+from regrow.configs.vocabulary import WORDS, Ignored, is_off, needs_no_word
 from regrow.configs.yaml_lines import parse_yaml
 
 NO_FILE = "there is no such file or directory"
@@ -57,16 +57,16 @@ def method(data: Any) -> str:
     return "SFT, images or audio" if images else "SFT, text"
 
 
-_WHAT_HAPPENS_ANYWAY = (
-    *(("save_safetensors", True), ("tensor_parallel_size", 1), ("expert_parallel_size", 1)),
-)
+_WHAT_HAPPENS_ANYWAY = (("tensor_parallel_size", 1), ("expert_parallel_size", 1))
 
 
 def unspoken(data: Any, notices: tuple[Notice, ...], faults: tuple[Fault, ...]) -> Iterator[str]:
     """Keys that are not off, not a field and in no line that the author reads."""
     said = "\n".join(map(str, (*notices, *faults)))
     for key, value in (data if isinstance(data, dict) else {}).items():
-        off = is_off(str(key), value) or (key, value) in _WHAT_HAPPENS_ANYWAY
+        ignored = isinstance(WORDS.get(str(key)), Ignored)
+        off = (needs_no_word if ignored else is_off)(str(key), value)
+        off = off or (key, value) in _WHAT_HAPPENS_ANYWAY
         known = key in Recipe.model_fields or key in ("extends", "plugins")
         if not off and not known and str(key) not in said:
             yield str(key)

@@ -24,10 +24,14 @@ from regrow.configs.recipe import Recipe
         ("warmup_steps: 7", "warmup_ratio", None),
         ("lr_scheduler: constant", "warmup_steps", 0),
         ("sample_packing: true", "eval_sample_packing", True),
-        ("sample_packing: true\neval_sample_packing: false", "eval_sample_packing", False),
+        (
+            "val_set_size: 9\nsample_packing: true\neval_sample_packing: false",
+            "eval_sample_packing",
+            False,
+        ),
         ("cosine_min_lr_ratio: 0.2", "lr_scheduler", "cosine_with_min_lr"),
         ("cosine_min_lr_ratio: 0.2", "lr_scheduler_kwargs", {"min_lr_rate": 0.2}),
-        ("eval_batch_size: 9", "eval_batch_size", 9),
+        ("val_set_size: 9\neval_batch_size: 9", "eval_batch_size", 9),
         ("val_set_size: 500", "val_set_size", 500),
     ],
 )

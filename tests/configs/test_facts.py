@@ -20,6 +20,13 @@ LORA = "adapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true"
 
 # rule -> (config.json beside what is plain, added lines, key at fault or noticed, what is said)
 CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "the_model_is_described": ({"hidden_size": "wide"}, "", "base_model", "hidden_size: 'wide'"),
+    "the_tokenizer_is_described": (
+        {"tokenizer_config.json": "[1, "},
+        "",
+        "base_model",
+        "tokenizer_config.json is no JSON map",
+    ),
     "stored_weights_can_be_merged_into": (
         {"quantization_config": {"quant_method": "gptq"}},
         "",
@@ -44,6 +51,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         f"{LORA}\npeft_layers_to_transform: [3, 4]",
         "peft_layers_to_transform",
         "the model has 4 layers",
+    ),
+    "targets_are_layers": (
+        {"model_type": "llama"},
+        f"{LORA.replace('lora_target_linear: true', 'lora_target_modules: [c_attn, Wqkv]')}",
+        "lora_target_modules",
+        "kind llama has no layer c_attn, Wqkv",
     ),
     "rows_are_as_long_as_positions": (
         {},
@@ -91,6 +104,8 @@ def read(model: Path, minimal: str, added: str, **more: Any) -> Loaded:
 @pytest.mark.parametrize("rule", CASES)
 def test_a_fact_that_does_not_fit_is_told(model, minimal, rule):
     config, added, key, why = CASES[rule]
+    if "tokenizer_config.json" in config:
+        (model / "tokenizer_config.json").write_text(config["tokenizer_config.json"])
     (model / "config.json").write_text(json.dumps(PLAIN | config))
     try:
         told = [str(notice) for notice in read(model, minimal, added).notices]
@@ -113,10 +128,76 @@ def test_what_is_not_known_is_no_fault(minimal, load, rule):
     load(base.replace("sequence_len: 1024\n", "") + f"{added}\n")
 
 
-def test_files_that_cannot_be_read_tell_nothing(model, minimal):
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (model / name).write_text("[1, ")
-    assert read(model, minimal, "eot_tokens: [<fin>]")
+def test_a_vocabulary_that_cannot_be_read_tells_nothing(model, minimal):
+    for text in ("[1, ", '{"model": {"vocab": {"<fin>": 0}}, "added_tokens": 3}'):
+        (model / "tokenizer.json").write_text(text)
+        assert read(model, minimal, "eot_tokens: [<fin>]")
+
+
+@pytest.mark.parametrize("text", ["[1, ", "[]", "\0", "{" * 90_000, "3", '"x"', "null"])
+def test_a_broken_model_is_a_fault(model, minimal, text):
+    (model / "config.json").write_text(text)
+    with pytest.raises(RecipeError, match="config.json says what is no JSON map"):
+        read(model, minimal, "")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": True},
+        {"hidden_size": 64.5},
+        {"vocab_size": {}},
+        {"head_dim": 0},
+        {"max_position_embeddings": "long"},
+        {"quantization_config": "gptq"},
+        {"text_config": 3},
+        {"text_config": {"num_hidden_layers": "x"}},
+    ],
+)
+def test_sizes_that_no_model_has_are_faults(model, minimal, odd):
+    (model / "config.json").write_text(json.dumps(PLAIN | odd))
+    with pytest.raises(RecipeError, match="its config.json says"):
+        read(model, minimal, "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "told"),
+    [
+        ("llama", "[q_proj, v_proj]", None),
+        ("llama", "[self_attn.q_proj, lm_head, embed_tokens]", None),
+        ("llama", r"'model.layers.[\d]+.(mlp|self_attn).(up|down|q|k|v|o)_proj'", None),
+        ("llama", r"'.*\.layers\.(0|1)\.self_attn\.(q|k|v|o)_proj|.*\.mlp\.up_proj'", None),
+        ("llama", "all-linear", None),
+        ("llama", "[q_proj, in_proj, out_proj]", "has no layer in_proj, out_proj; its layers are"),
+        ("llama", r"'model.language_model.layers.[\d]+.mlp.up_proj'", "has no layer model.lang"),
+        ("llama", "[proj]", "has no layer proj. Its layers are q_proj, k_proj"),
+        ("gpt2", "[c_attn]", None),
+        ("gpt2", "[q_proj]", "Its layers are c_attn, c_proj, c_fc"),
+        ("phi3", "[qkv_proj, o_proj]", None),
+        ("phi3", "[q_proj]", "Its layers are qkv_proj, o_proj, gate_up_proj, down_proj"),
+        ("qwen3_moe", "[q_proj, gate, up_proj, experts.gate_up_proj]", None),
+        ("qwen3_moe", "[Wqkv]", "has no layer Wqkv"),
+        ("mixtral", "[w1, w2, w3]", None),
+        ("a_new_one", "[anything]", None),
+    ],
+)
+def test_targets_are_looked_for_in_known_architectures(model, minimal, kind, targets, told):
+    (model / "config.json").write_text(json.dumps(PLAIN | {"model_type": kind}))
+    lora = f"{LORA.replace('lora_target_linear: true', '')}\nlora_target_modules: {targets}"
+    try:
+        lines = [str(notice) for notice in read(model, minimal, lora).notices]
+    except RecipeError as error:
+        lines = [str(fault) for fault in error.faults]
+    found = [line for line in lines if "lora_target_modules" in line]
+    assert [told in line for line in found] == ([True] if told else [])
+
+
+def test_layers_left_out_that_are_not_there_are_told(model, minimal):
+    (model / "config.json").write_text(json.dumps(PLAIN | {"model_type": "llama"}))
+    loaded = read(model, minimal, f"{LORA}\nlora_exclude_modules: [vision_tower, q_proj]")
+    assert any("has no layer vision_tower" in str(notice) for notice in loaded.notices)
 
 
 def test_the_hubs_cache_is_looked_into(tmp_path, minimal, load):
@@ -135,5 +216,7 @@ def test_the_hubs_cache_is_looked_into(tmp_path, minimal, load):
 
 def test_odd_values_are_no_facts():
     odd = {"num_hidden_layers": True, "vocab_size": "many", "layer_types": "x", "text_config": 3}
-    assert ModelFacts.from_config(odd) == ModelFacts()
+    facts = ModelFacts.from_config(odd)
+    assert facts == ModelFacts(odd=facts.odd)
+    assert len(facts.odd) == 3
     assert facts_at_hand("a\0b", None, None, {}, True).model is None

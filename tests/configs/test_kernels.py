@@ -6,6 +6,7 @@ import pytest
 
 from regrow.configs.draft import Draft
 from regrow.configs.kernels import read_kernels
+from regrow.tasks.modeling.kernels import chosen_kernels
 
 ALL = ["attention", "mlp", "experts", "rms_norm", "cross_entropy"]
 
@@ -34,7 +35,14 @@ def test_what_asks_for_a_kernel_asks_for_what_auto_does():
 
 def test_a_kernel_is_left_out_when_all_that_names_it_is_false():
     left_out = read(liger_rms_norm=False, liger_rope=False, lora_qkv_kernel=True)
-    assert left_out.data == {"kernels": ["attention", "mlp", "experts", "cross_entropy"]}
+    assert left_out.data == {"kernels": ["auto", "attention", "mlp", "experts", "cross_entropy"]}
+
+
+def test_leaving_one_out_turns_none_on_where_there_are_none(load, minimal):
+    kernels = load(f"{minimal}liger_rms_norm: false\n").recipe.kernels
+    assert chosen_kernels(kernels, "cpu") == ()
+    assert "rms_norm" not in chosen_kernels(kernels[1:], "cuda")
+    assert read(kernels=["auto"]).data == {"kernels": "auto"}
 
 
 def test_kernels_itself_wins():

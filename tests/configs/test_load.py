@@ -123,7 +123,8 @@ def test_text_that_yaml_reads_as_true_is_explained(faults_of, minimal):
 
 
 def test_numbers_may_be_quoted_and_names_may_be_numbers(load, minimal):
-    text = minimal.replace("2e-4", '"3e-4"') + 'lora_r: "8"\nrun_name: 42\n'
+    lora = 'adapter: lora\nlora_r: "8"\nlora_alpha: 8\nlora_target_linear: true\n'
+    text = minimal.replace("2e-4", '"3e-4"') + lora + "run_name: 42\n"
     recipe = load(text).recipe
     assert (recipe.learning_rate, recipe.lora_r, recipe.run_name) == (3e-4, 8, "42")
 

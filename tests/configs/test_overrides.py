@@ -12,7 +12,7 @@ def test_values_are_yaml_scalars(load, minimal):
     overrides = [
         "--learning_rate",
         "1e-4",
-        "--lora_r=8",
+        "--batch_size=8",
         "--seed",
         "0x10",
         "--bf16=no",
@@ -20,7 +20,7 @@ def test_values_are_yaml_scalars(load, minimal):
     ]
     recipe = load(minimal, *overrides).recipe
     assert recipe.learning_rate == 1e-4
-    assert recipe.lora_r == 8
+    assert recipe.batch_size == 8
     assert recipe.seed == 16
     assert recipe.dtype == "float32"
     assert recipe.sample_packing is True
@@ -35,13 +35,13 @@ def test_nested_values_are_addressed_by_key_and_number(load, minimal):
         "--datasets[1].type=completion",
         "--special_tokens.pad_token",
         "<pad>",
-        "--lora_target_modules",
+        "--unfrozen_parameters",
         "[q_proj, v_proj]",
     ).recipe
     assert [entry.path for entry in recipe.datasets] == ["other/data", "more/data"]
     assert recipe.datasets[1].type == "completion"
     assert recipe.special_tokens.pad_token == "<pad>"
-    assert recipe.lora_target_modules == ("q_proj", "v_proj")
+    assert recipe.unfrozen_parameters == ("q_proj", "v_proj")
 
 
 def test_dashes_count_as_underscores(load, minimal):

@@ -10,6 +10,7 @@ from regrow.configs.rules import (
     data,
     model,
     parallel,
+    patterns,
     relora,
     reporting,
     schedule,
@@ -94,7 +95,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "padding_is_long_enough": [
         (
-            "eval_sequence_len: 1025\npad_to_sequence_len: true",
+            "val_set_size: 9\neval_sequence_len: 1025\npad_to_sequence_len: true",
             "eval_sequence_len",
             "pads validation rows",
         )
@@ -288,6 +289,24 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("cosine_constant_lr_ratio: 0.5", "cosine_constant_lr_ratio", "needs a lowest rate"),
     ],
+    "a_lowest_rate_is_said_once": [
+        (
+            "cosine_min_lr_ratio: 0.1\nlr_scheduler_kwargs: {min_lr: 1e-5}",
+            "cosine_min_lr_ratio",
+            "`lr_scheduler_kwargs` says min_lr: 1e-05",
+        ),
+        (
+            "cosine_min_lr_ratio: 0.1\nlr_scheduler_kwargs: {min_lr_rate: 0.2}",
+            "cosine_min_lr_ratio",
+            "`lr_scheduler_kwargs` says min_lr_rate: 0.2",
+        ),
+        (
+            "lr_scheduler: cosine_with_min_lr\n"
+            "lr_scheduler_kwargs: {min_lr: 1e-5, min_lr_rate: 0.2}",
+            "lr_scheduler_kwargs.min_lr",
+            "`lr_scheduler_kwargs` says min_lr: 1e-05",
+        ),
+    ],
     "curves_have_their_own_keys": [
         ("lr_scheduler: linear\nlr_quadratic_warmup: true", "lr_quadratic_warmup", "no meaning"),
         ("lr_div_factor: 10", "lr_div_factor", "no meaning"),
@@ -358,9 +377,22 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "target_patterns_are_valid": [
         (LORA + "lora_target_modules: '(q'", "lora_target_modules", "not a regular expression"),
+        (LINEAR + "lora_exclude_modules: '*'", "lora_exclude_modules", "not a regular expression"),
+        (LINEAR + "lora_exclude_modules: '(a+)+'", "lora_exclude_modules", "take forever"),
+        (
+            LINEAR + f"lora_exclude_modules: '{'a*' * 6000}'",
+            "lora_exclude_modules",
+            "more than 10,000 characters",
+        ),
+        (
+            "optimizer: galore_adamw\noptim_target_modules: ['(']",
+            "optim_target_modules",
+            "not a regular expression",
+        ),
     ],
     "one_pattern_stands_alone": [
         (LORA + "lora_target_modules: [q_proj, 'v.*']", "lora_target_modules", "is a pattern"),
+        (LINEAR + "lora_exclude_modules: [q_proj, 'v.*']", "lora_exclude_modules", "is a pattern"),
     ],
     "a_pattern_excludes_all_linear_layers": [
         (
@@ -370,7 +402,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "first_values_are_known": [
-        ("peft_init_lora_weights: corda", "peft_init_lora_weights", "not here"),
+        (LINEAR + "peft_init_lora_weights: corda", "peft_init_lora_weights", "not here"),
     ],
     "first_values_fit_the_base": [
         (
@@ -408,7 +440,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "quantization_has_its_arguments": [
-        (LINEAR + "bnb_config_kwargs: {bits: 4}", "bnb_config_kwargs.bits", "no such argument"),
+        (LINEAR + "load_in_4bit: true\nbnb_config_kwargs: {bits: 4}", "bnb_config_kwargs.bits", "no such argument"),
     ],
     "stored_quantized_means_dequantized": [
         ("model_quantization_config: Mxfp4Config", "model_quantization_config", "dequantized"),
@@ -433,6 +465,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "layers_are_counted_in_a_list": [
         (LINEAR + "peft_layers_pattern: layers", "peft_layers_pattern", "is missing"),
+        (
+            LINEAR + "peft_layers_to_transform: [0]\npeft_layers_pattern: '('",
+            "peft_layers_pattern",
+            "not a regular expression",
+        ),
     ],
     "an_adapter_has_its_own_choice": [
         (LINEAR + "unfrozen_parameters: [lm_head]", "unfrozen_parameters", "base is frozen"),
@@ -444,6 +481,37 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "how evenly it uses the experts",
         ),
     ],
+    "experts_are_quantized_with_the_rest": [
+        (LINEAR + "quantize_moe_experts: true", "quantize_moe_experts", "base is not quantized"),
+        (
+            LINEAR + "load_in_4bit: true\nquantize_moe_experts: true\n"
+            "deepspeed: deepspeed_configs/zero2.json",
+            "quantize_moe_experts",
+            "cannot lay out",
+        ),
+    ],
+    "random_weights_are_trained_themselves": [
+        (LINEAR + "reinit_weights: true", "reinit_weights", "would fit no model"),
+    ],
+    "mistral_common_writes_all_itself": [
+        ("tokenizer_use_mistral_common: true\n" + added, key, why)
+        for added, key, why in (
+            ("chat_template: chatml", "chat_template", "decides it"),
+            ("tokens: [<x>]", "tokens", "decides it"),
+            (
+                "eot_tokens: [<x>]\ndatasets: [{path: org/t, type: chat_template}]",
+                "eot_tokens",
+                "it is `</s>`",
+            ),
+            ("special_tokens: {pad_token: <x>}", "special_tokens", "decides it"),
+            ("train_on_inputs: true", "train_on_inputs", "answers alone"),
+            (
+                "test_datasets: [{path: org/t, type: alpaca}]",
+                "test_datasets[0].type",
+                "for conversations",
+            ),
+        )
+    ],
     "routers_have_gradients": [
         (
             "output_router_logits: true\ngradient_checkpointing: true\n"
@@ -451,6 +519,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "gradient_checkpointing_kwargs.use_reentrant",
             "would not be balanced",
         ),
+    ],
+    "rank_patterns_are_valid": [
+        (LINEAR + "lora_rank_pattern: {'(': 4}", "lora_rank_pattern.(", "not a regular expression"),
+        (LINEAR + "lora_alpha_pattern: {'*v': 4}", "lora_alpha_pattern.*v", "not a regular"),
     ],
     "unfrozen_patterns_are_valid": [
         ("unfrozen_parameters: ['(']", "unfrozen_parameters", "not a regular expression"),
@@ -491,6 +563,13 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "a scaled loss",
         ),
     ],
+    "deepspeed_is_a_configuration": [
+        (
+            "deepspeed: {zero_optimization: 3}",
+            "deepspeed.zero_optimization",
+            "expected a map of keys",
+        ),
+    ],
     "sizes_need_fsdp": [
         ("dp_shard_size: 2", "dp_shard_size", "which is off"),
         ("dp_replicate_size: 2", "dp_replicate_size", "which is off"),
@@ -501,9 +580,17 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "dp_shard_size",
             "does not divide the 4 processes",
         ),
-    ],
-    "int8_weights_are_not_sharded": [
-        ("adapter: lora\nfsdp_config: {}\nload_in_8bit: true", "load_in_8bit", "cannot shard int8"),
+        (
+            "fsdp_config: {}\nnum_processes: 2\ndp_replicate_size: 4",
+            "dp_replicate_size",
+            "2 processes cannot be 4 copies",
+        ),
+        (
+            "fsdp_config: {}\nnum_processes: 8\nlauncher: ray\nray_num_workers: 3\n"
+            "dp_replicate_size: 2\ndp_shard_size: 8",
+            "dp_shard_size",
+            "does not divide the 24 processes",
+        ),
     ],
     "sizes_have_a_number": [
         (
@@ -576,7 +663,7 @@ def test_the_smallest_recipe_breaks_no_rule(load, minimal):
 
 def test_each_rule_has_its_case_and_its_place():
     assert {rule.name for rule in ALL_RULES} == CASES.keys()
-    modules = (adapter, batch, data, model, parallel, relora, reporting, schedule)
+    modules = (adapter, batch, data, model, parallel, patterns, relora, reporting, schedule)
     written = {v.name for m in modules for v in vars(m).values() if isinstance(v, Rule)}
     assert written == CASES.keys()
     assert len(ALL_RULES) == len(CASES)
@@ -602,6 +689,11 @@ def test_each_rule_says_what_it_is():
         LORA + "lora_target_modules: '.*\\.(q|v)_proj'",
         LORA + "lora_target_modules: [q_proj, v_proj]\nlora_target_linear: true",
         "fsdp: []\nfsdp_config:\ndeepspeed:",
+        "fsdp_config: {}\nnum_processes: 8\ndp_replicate_size: 2\ndp_shard_size: 8",
+        "fsdp_config: {}\nnum_processes: 2\ndp_replicate_size: 4\ndp_shard_size: 2",
+        "fsdp_config: {}\nnum_processes: 4\ndp_replicate_size: 2",
+        "fsdp_config: {}\nnum_processes: 8\nlauncher: ray\nray_num_workers: 3\n"
+        "dp_replicate_size: 3\ndp_shard_size: 8",
         "rl: dpo\ndatasets: [{path: org/t}]",
         "rl: orpo\ndatasets: [{path: org/t, type: chat_template.argilla}]",
         "reward_model: true\ndatasets: [{path: org/t, type: bradley_terry.chat_template}]",

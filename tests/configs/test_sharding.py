@@ -65,6 +65,12 @@ def test_old_words_say_when_weights_are_freed(load, minimal, written, resharding
         ("fsdp_config: {reshard_after_froward: true}", "key"),
         ("fsdp_config: true", ""),
         ("deepspeed: no-such.json", "there is no such file"),
+        ("deepspeed: ~nobody-of-this-name/x", "there is no such file"),
+        (f"deepspeed: {'x' * 400}", "there is no such file"),
+        ("fsdp_config: {1: 2}", "is not text"),
+        ("fsdp_config: {version: ²}", "expected 2"),
+        ("fsdp_config: {fsdp_offload_params: true, offload_params: false}", "says otherwise"),
+        ("fsdp_version: 2\nfsdp_config: {fsdp_version: 1}", "says version 1"),
     ],
 )
 def test_what_fsdp_and_deepspeed_do_not_know_is_a_fault(faults_of, minimal, written, why):
@@ -79,6 +85,30 @@ def test_axolotls_names_mean_the_files_that_come_with_regrow(load, minimal, name
     offloads = "offload_param" in recipe.deepspeed["zero_optimization"]
     assert offloads is ("cpuoffload" in name)
     assert Sharding.from_recipe(recipe).shards is name.startswith("zero3")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("[1, ", "cannot be read as JSON"),
+        ("[" * 90_000, "cannot be read as JSON"),
+        ("[]", "expected a map"),
+        ('{"zero_optimization": {"stage": NaN}}', "a finite number"),
+        ('{"zero_optimization": 3}', "expected a map"),
+        ('{"zero_optimization": {"stage": true}}', "expected 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"offload_param": "cpu"}}', "expected a map"),
+        ('{"zero_optimization": {"offload_param": {"device": "disk"}}}', "none, cpu or nvme"),
+        ('{"bf16": true}', "expected a map"),
+    ],
+)
+def test_an_odd_deepspeed_file_is_a_fault(faults_of, minimal, tmp_path, content, why):
+    (tmp_path / "odd.json").write_text(content)
+    assert any(why in fault.why for fault in faults_of(f"{minimal}deepspeed: odd.json\n"))
+
+
+def test_both_spellings_may_say_the_same(load, minimal):
+    line = "fsdp_version: 2\nfsdp_config: {fsdp_version: '2', fsdp_offload_params: true, offload_params: true}\n"
+    assert load(minimal + line).recipe.fsdp_config.offload_params
 
 
 def test_a_file_of_the_users_comes_first(load, minimal, tmp_path, monkeypatch):

@@ -176,6 +176,50 @@ def test_a_key_that_nothing_reads_is_told(load, minimal, added, keys, why):
     assert why in told[0].why
 
 
+@pytest.mark.parametrize(
+    ("added", "keys"),
+    [(added, keys) for cases in CASES.values() for added, keys, _ in cases if "." not in keys[0]],
+)
+def test_what_is_ignored_decides_nothing(load, minimal, added, keys):
+    text, fields = changed(minimal, added), Recipe.model_fields
+    mine = [key for key in keys if key in fields and key not in unread.SPOKEN_OF]
+    without = [line for line in text.splitlines() if line.partition(":")[0] not in mine]
+    if "test_datasets" in added:
+        for name in ("chat_template: chatml", "name: main", "revision: v1"):
+            without = [line.replace(f", {name}", "") for line in without]
+    ignoring, silent = load(text).recipe, load("\n".join(without)).recipe
+    kept = {key: getattr(silent, key) for key in unread.SPOKEN_OF}
+    assert ignoring.model_copy(update=kept) == silent
+    assert ignoring.given().keys() == load("\n".join(without)).recipe.given().keys() or not mine
+
+
+def test_what_needs_what_is_ignored_is_ignored_too(load, minimal):
+    loaded = load(minimal + "loraplus_lr_ratio: 16\nloraplus_lr_embedding: 1e-5\n")
+    assert loaded.recipe == load(minimal).recipe
+    (notice,) = [n for n in loaded.notices if n.action == "ignored"]
+    assert notice.keys == ("loraplus_lr_ratio", "loraplus_lr_embedding")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("warmup_steps: 0\nwarmup_ratio: 0.1", "warmup_steps: 0"),
+        ("warmup_steps: 5\nwarmup_ratio: 0", "warmup_steps: 5"),
+        ("warmup_steps: 5\ncosine_min_lr_ratio: 0", "warmup_steps: 5"),
+        (
+            "warmup_steps: 5\ncosine_min_lr_ratio: 0.1",
+            "warmup_steps: 5\ncosine_min_lr_ratio: 0.1\nlr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        ),
+        ("max_steps: 9\nnum_epochs: 4", "max_steps: 9"),
+        ("optimizer: sgd\nadam_beta1: 0.5\nadam_beta3: 0.5", "optimizer: sgd"),
+        ("lora_r: 8\nlora_dropout: 0.1\nloraplus_lr_ratio: 4\nlora_model_dir: org/a", "seed: 42"),
+    ],
+)
+def test_what_means_the_same_is_the_same(load, minimal, one, other):
+    recipes = [load(f"{minimal}{lines}\n").recipe for lines in (one, other)]
+    assert recipes[0] == recipes[1]
+
+
 def test_each_finder_has_its_cases():
     assert [find.__name__ for find in unread._FINDS] == list(CASES)
 

@@ -16,12 +16,15 @@ from regrow.configs.sections.data import Dataset
 from regrow.configs.vocabulary import (
     DATASET_READ_OTHERWISE,
     DATASET_WORDS,
+    ANYWAY,
     OFF,
     READ_OTHERWISE,
     REFUSED_VALUES,
     WORDS,
     Refused,
     Renamed,
+    is_off,
+    needs_no_word,
 )
 
 AXOLOTL_KEYS = (Path(__file__).parent / "axolotl_keys.txt").read_text().split()
@@ -73,15 +76,89 @@ def test_every_key_in_use_is_a_field_or_is_spoken_of(key):
     assert is_field(key) or (below[0] if top == "datasets" else top) in said
 
 
-@pytest.mark.parametrize("key", sorted(WORDS.keys() - {"save_safetensors"}))
-def test_a_key_that_is_off_is_accepted_without_a_word(key):
+@pytest.mark.parametrize("key", sorted(WORDS))
+def test_what_happens_anyway_is_accepted_without_a_word_and_nothing_else(key):
     if isinstance(WORDS[key], Renamed):
         return
     silent = parse_recipe(recipe_with("seed", 42))
-    for off in (None, False, "", [], {}, 0):
-        loaded = parse_recipe(recipe_with(key, off))
+    for value in (None, False, True, "", [], {}, 0):
+        if isinstance(WORDS[key], Refused) and value is True:
+            continue
+        loaded = parse_recipe(recipe_with(key, value))
         assert loaded.recipe == silent.recipe
-        assert loaded.notices == silent.notices
+        quiet = is_off(key, value) if isinstance(WORDS[key], Refused) else needs_no_word(key, value)
+        said = set(map(str, loaded.notices)) - set(map(str, silent.notices))
+        assert len(said) == (not quiet)
+        assert quiet or key in str(said)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("use_mlflow: false", "ignored use_mlflow because MLflow records every run"),
+        ("use_mlflow: true", None),
+        ("tokenizer_use_fast: false", "ignored tokenizer_use_fast because the model's and"),
+        ("tokenizer_use_fast: true", None),
+        ("tokenizer_legacy: false", "ignored tokenizer_legacy because the model's and"),
+        ("merge_lora: false", "ignored merge_lora because merging is a stage of every run"),
+        ("merge_lora: true", None),
+        ("wandb_project: x\nwandb_watch: false", "wandb: reports go there when"),
+        ("wandb_watch: false", None),
+        ("data_seed: 0", "ignored data_seed because neither Axolotl nor Regrow reads it"),
+        ("hf_use_auth_token: false", "ignored hf_use_auth_token because the Hugging Face token"),
+        ("hf_use_auth_token: true", None),
+        ("pretrain_multipack_attn: false", "ignored pretrain_multipack_attn because attention is"),
+        ("auto_resume_from_checkpoints: false", "ignored auto_resume_from_checkpoints because a"),
+        ("auto_resume_from_checkpoints: true", None),
+        ("resume_from_checkpoint: true", None),
+        ("save_safetensors: false", "ignored save_safetensors because weights are only ever"),
+        ("dataloader_pin_memory: false", "ignored dataloader_pin_memory because it changes speed"),
+        ("mlp_kernel: false", "ignored mlp_kernel because Regrow chooses its kernels itself"),
+        ("peft_autocast_adapter_dtype: false", "ignored peft_autocast_adapter_dtype because adap"),
+        ("include_tkps: false", "ignored include_tkps because every report has the tokens a second"),
+        ("ddp: false", "ignored ddp because Regrow places a run on its devices itself"),
+        ("strict: false", None),
+        ("strict: true", None),
+        ("use_kernels: false", None),
+        ("torch_compile: false", None),
+        ("gptq: false", None),
+        ("torch_dtype: bfloat16", None),
+        ("torch_dtype: auto", None),
+        ("torch_dtype: float32", "ignored torch_dtype because `bf16` decides the type"),
+        ("bf16: false\ntorch_dtype: torch.float32", None),
+        ("bf16: false\ntorch_dtype: bfloat16", "ignored torch_dtype because `bf16` decides"),
+        ("hub_model_id: me/x\npush_to_hub: true", None),
+        ("hub_model_id: me/x\npush_to_hub: false", "set hub_model_id: null because `push_to_hub"),
+        ("push_to_hub: false", None),
+        (
+            "gradient_checkpointing: true\nactivation_offloading: true",
+            "set gradient_checkpointing: offload because `activation_offloading` asks for it",
+        ),
+        (
+            "gradient_checkpointing: true\nactivation_offloading: legacy",
+            "set gradient_checkpointing: offload because `activation_offloading` asks for it",
+        ),
+        ("gradient_checkpointing: offload\nactivation_offloading: true", None),
+        (
+            "gradient_checkpointing: selective\nactivation_offloading: true",
+            "ignored activation_offloading because `gradient_checkpointing: selective` says how",
+        ),
+        (
+            "gradient_checkpointing: true\nselective_checkpointing: true",
+            "set gradient_checkpointing: selective because `selective_checkpointing` asks",
+        ),
+        (
+            "gradient_checkpointing: true\nselective_checkpointing: {save: [mlp]}",
+            "ignored selective_checkpointing because beside a layer's input",
+        ),
+    ],
+)
+def test_a_word_is_said_where_something_else_happens_than_is_asked_for(
+    notices_of, minimal, written, told
+):
+    anyway = notices_of(minimal)
+    said = [notice for notice in notices_of(f"{minimal}{written}\n") if notice not in anyway]
+    assert [line.startswith(told) for line in said] == ([True] if told else [])
 
 
 def test_words_and_fields_do_not_overlap():
@@ -109,6 +186,7 @@ def test_refused_words_have_a_reason_and_a_remedy():
         if isinstance(word, Refused):
             assert word.why
             assert word.remedy
+    assert ANYWAY.keys() <= WORDS.keys()
     assert OFF.keys() <= WORDS.keys() | DATASET_WORDS.keys()
     assert REFUSED_VALUES.keys() <= Recipe.model_fields.keys()
 
@@ -171,7 +249,7 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ),
         (
             "model_config: {output_router_logits: true, router_aux_loss_coef: 0.1}",
-            "renamed model_config.router_aux_loss_coef to router_aux_loss_coef because the loss",
+            "read model_config.router_aux_loss_coef as router_aux_loss_coef because the loss",
         ),
         (
             "model_config: {router_aux_loss_coef: 0.1}",
@@ -189,7 +267,6 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ),
         ("heads_k_stride: 2", "ignored heads_k_stride because keys and values are gathered at once"),
         ("ring_attn_func: varlen_llama3", "ignored ring_attn_func because keys and values are"),
-        ("resume_from_checkpoint: out", "ignored resume_from_checkpoint because a run resumes"),
         ("rl_beta: 0.1", "ignored rl_beta because training with `rl`"),
         ("dataset_prepared_path: out", "ignored dataset_prepared_path because prepared data"),
         ("gradient_checkpointing: offload_disk", "set gradient_checkpointing: offload because"),
@@ -219,13 +296,17 @@ def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
         ("eta_min: 1e-6\nlr_scheduler: linear", "eta_min", "only a cosine ends at it"),
         ("eta_min: 1", "eta_min", "expected a number from 0 to `learning_rate`"),
         ("eval_causal_lm_metrics: [ter]", "eval_causal_lm_metrics", "this evaluation is not here"),
-        ("reinit_weights: true", "reinit_weights", "training from random weights is not here yet"),
         ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),
         ("optimizer: lomo", "optimizer", "keeps no state"),
         ("optimizer: flash_adamw", "optimizer", "a package that Regrow does not use"),
         ("relora_steps: 9", "relora_steps", "ReLoRA restarts with the learning rate"),
         ("gptq: true", "gptq", "cannot merge an adapter into a base stored as GPTQ"),
         ("bf16: true\nfloat32: true", "float32", "`bf16` says otherwise"),
+        ("float32: true\nfp16: true", "fp16", "`float32` says otherwise"),
+        ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "of elsewhere"),
+        ("push_to_hub: true", "push_to_hub", "it names no destination"),
+        ("activation_offloading: true", "activation_offloading", "`gradient_checkpointing` is off"),
+        ("selective_checkpointing: true", "selective_checkpointing", "is off"),
         ("max_packed_sequence_len: x", "max_packed_sequence_len", "expected a whole number"),
         ("attn_implementation: flash", "attn_implementation", "no such attention"),
         (

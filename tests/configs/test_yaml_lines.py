@@ -85,7 +85,14 @@ _LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         "[" * 3000 + "]" * 3000,
         "a: " + "{b: " * 3000 + "1" + "}" * 3000,
         _LAUGHS,
+        # PyYAML's C binding would end the process here (found 2026-11-22).
+        "a: " + "[" * 400_000,
+        "a: " + "{a: " * 200_000,
+        "- " * 400_000,
+        "? " * 400_000,
+        "".join(f"key{i}: 1\n" for i in range(60_000)),
     ],
+    ids=str.__len__,
 )
 def test_what_is_no_map_is_one_clear_fault(text):
     document = parse_yaml(text)

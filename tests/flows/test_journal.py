@@ -9,6 +9,8 @@ from urllib.parse import unquote
 import pytest
 from mlflow import MlflowClient
 
+from regrow.flows.journal import Journal
+from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.tracking import RunInfo, Tracker
 from tests.flows.made_pipeline import BASE, DATA, ROWS, TOKENS, make_plan, run_made
 
@@ -174,6 +176,24 @@ def test_no_secret_reaches_mlflow_or_the_report(shown: Shown):
     assert {"mlflow.db", "generations.json", "report.html", "lineage.html"} <= names
     for path in files:
         assert b"hush" not in path.read_bytes(), path
+
+
+def test_runs_killed_in_this_store_are_closed_and_those_of_another_go_on(tmp_path: Path):
+    """Teams share an MLflow server, and the same recipe has the same keys in every store."""
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "regrow")
+    stage = make_plan().prepare
+
+    def begun(store: str) -> str:
+        artifacts = ArtifactStore.open_url(str(tmp_path / store), tmp_path / "cache")
+        journal = Journal(tracker, artifacts, "made")
+        journal.begin("", {}, {}, "")
+        return journal.start_stage(stage)
+
+    killed, elsewhere, again = begun("here"), begun("there"), begun("here")
+    states = {run.run_id: run.status for run in tracker.find_runs("tags.cached != ''")}
+    assert states == {killed: "KILLED", elsewhere: "RUNNING", again: "RUNNING"}
+    parents = [run.status for run in tracker.find_runs("tags.stage = 'flow'")]
+    assert sorted(parents) == ["KILLED", "RUNNING", "RUNNING"]
 
 
 def test_report_is_kept_beside_the_run_and_in_mlflow(shown: Shown):

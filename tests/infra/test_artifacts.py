@@ -152,3 +152,14 @@ def test_concurrent_publishers_agree_on_one_attempt(filled, tmp_path):
         process.join()
     assert len(attempts) == 1
     assert Store(root).folders(KEY) == list(attempts)
+
+
+def test_who_was_taken_for_dead_gets_the_winners_artifact(artifacts, filled):
+    """A slow builder's unfinished attempt was removed by who took its lease over."""
+    attempt = "attempt-slow"
+    files = artifacts.upload(KEY, attempt, filled)
+    winner = publish(artifacts, filled)
+    artifacts.remove_other_attempts(winner)
+    facts = {"stage": "prepare", "spec": {"x": 1}, "inputs": {}, "result": {}}
+    assert artifacts.seal(KEY, attempt, files, **facts) == winner
+    assert artifacts.store.folders(KEY) == [winner.attempt]

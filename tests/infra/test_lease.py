@@ -84,3 +84,56 @@ def test_old_lease_files_do_not_pile_up(store):
         with Lease(store, KEY, 30) as lease:
             assert lease.try_acquire()
     assert len(store.sizes(f"leases/{KEY}")) <= 2
+
+
+def test_who_finds_anothers_words_under_its_number_has_lost(store):
+    """As on a store without conditional writes, where two can believe in one number."""
+    first = Lease(store, KEY, 0.3)
+    assert first.try_acquire()
+    assert first.is_ours()
+    store.write_bytes(f"leases/{KEY}/00000000.json", b'{"beat": "other", "token": "other"}')
+    assert not first.is_ours()
+    first.release()
+
+
+def test_who_finds_its_number_gone_has_lost(store):
+    first = Lease(store, KEY, 60)
+    assert first.try_acquire()
+    store.remove(f"leases/{KEY}")
+    assert not first.is_ours()
+    first.release()
+
+
+def test_what_a_holder_comes_to_need_is_known_before_it_goes_on(store):
+    with Lease(store, KEY, 60) as lease:
+        assert lease.try_acquire()
+        lease.need("units")
+        assert Lease(store, KEY, 60).needs() == ["units"]
+    assert Lease(store, KEY, 60).needs() is None
+
+
+def test_forgotten_lease_leaves_nothing_and_can_be_taken_again(store):
+    lease = Lease(store, KEY, 0.3)
+    for _ in range(2):
+        assert lease.try_acquire()
+        time.sleep(0.4)
+        assert lease.is_ours()
+        lease.forget()
+        assert store.sizes("") == {}
+
+
+def test_holder_that_has_been_silent_is_told_as_such(store):
+    owner = {"host": "elsewhere", "boot": "b", "pid": 1, "started": 0}
+    content = {"owner": owner, "beat": "x", "seconds": 30, "at": "2026-01-01T00:00:00+00:00"}
+    store.write_bytes(f"leases/{KEY}/00000000.json", json.dumps(content).encode())
+    assert (Lease(store, KEY, 30).holder() or "").startswith("elsewhere, process 1, silent for ")
+
+
+def test_silent_holder_keeps_the_lease_for_the_time_that_it_said(store):
+    owner = {"host": "elsewhere", "boot": "b", "pid": 1, "started": 0}
+    content = {"owner": owner, "beat": "x", "seconds": 60}
+    store.write_bytes(f"leases/{KEY}/00000000.json", json.dumps(content).encode())
+    lease = Lease(store, KEY, 0.1)
+    assert not lease.try_acquire()
+    time.sleep(0.3)
+    assert not lease.try_acquire()

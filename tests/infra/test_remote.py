@@ -1,6 +1,8 @@
 """Faults that pass are tried again, others are told at once, and no answer is believed half."""
 
 import errno
+import gzip
+import hashlib
 import json
 import time
 
@@ -8,9 +10,11 @@ import pytest
 
 from regrow.infra import remote
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
+from regrow.infra.digests import DigestMemo
 from regrow.infra.lease import Lease
+from regrow.infra.patient_file import PatientFile
 from regrow.infra.remote import StoreError, patiently
-from regrow.infra.store import Store
+from regrow.infra.store import Store, open_ranges, open_raw, open_url
 
 
 class ClientError(Exception):
@@ -27,6 +31,24 @@ class EndpointConnectionError(Exception):
 
 class NoCredentialsError(Exception):
     """As botocore's."""
+
+
+class BotoConnectionError(Exception):
+    """As botocore's `ConnectionError`, which is no OSError."""
+
+
+BotoConnectionError.__name__ = "ConnectionError"
+
+
+class ConnectTimeoutError(BotoConnectionError):
+    """As botocore's."""
+
+
+def wrapped(error: Exception) -> OSError:
+    """As a file system raises it: the cause says what it was."""
+    outer = OSError("the file system's words")
+    outer.__cause__ = error
+    return outer
 
 
 def translated(code: str, number: int) -> OSError:
@@ -63,7 +85,13 @@ def failing(times: int, error: Exception):
         translated("InternalError", errno.EREMOTEIO),
         translated("503", errno.EBUSY),
         translated("NoSuchUpload", errno.ENOENT),
+        translated("SlowDownRead", errno.EBUSY),
+        translated("SlowDownWrite", errno.EIO),
         EndpointConnectionError("refused"),
+        ConnectTimeoutError("late"),
+        BotoConnectionError("by proxy"),
+        wrapped(EndpointConnectionError("refused")),
+        EOFError(),
         remote.IncompleteTransfer("half"),
     ],
 )
@@ -161,6 +189,61 @@ def test_bytes_cut_or_flipped_on_the_way_are_fetched_again_and_not_called_damage
     artifacts.store.write_bytes(f"stages/a/{record.attempt}/file", b"CONTENT")
     with pytest.raises(ArtifactDamaged, match="file"):
         artifacts.verify(record)
+
+
+def test_every_read_of_a_remote_file_is_made_again(tmp_path):
+    content = bytes(range(256)) * 100
+    Store(f"memory://{tmp_path.name}").write_bytes("file", content)
+    url = f"memory://{tmp_path.name}/file"
+    faults = iter([ConnectionResetError("reset"), b"cut"] * 2)
+
+    def spoil(name, call):
+        fault = next(faults, None) if name == "cat_file" else None
+        if isinstance(fault, Exception):
+            raise fault
+        return fault or call()
+
+    fs = spoiled(tmp_path, spoil)._fs
+    with PatientFile(fs, f"/{tmp_path.name}/file", url, len(content)) as file:
+        assert file.read(300) == content[:300]
+        assert file.seek(-10, 2) == len(content) - 10
+        assert file.read() == content[-10:]
+        assert file.read() == b""
+    assert next(faults, None) is None
+
+
+def test_digest_and_decompression_of_a_remote_file_read_it_patiently(tmp_path):
+    content = b"line\n" * 10_000
+    Store(f"memory://{tmp_path.name}").write_bytes("rows.jsonl.gz", gzip.compress(content))
+    url = f"memory://{tmp_path.name}/rows.jsonl.gz"
+    with open_url(url) as lines, open_raw(url) as raw, open_ranges(url) as ranges:
+        assert lines.read() == content
+        assert isinstance(getattr(raw, "raw", None), PatientFile)
+        assert isinstance(ranges, PatientFile)
+        packed = raw.read()
+    assert DigestMemo(None).sha256(url) == hashlib.sha256(packed).hexdigest()
+
+
+def test_what_a_bulk_removal_passed_over_is_removed_or_told(tmp_path):
+    """S3 says 200 and tells of each name that it did not remove within; s3fs looks at the 200."""
+
+    def passing_over(name, call):
+        return None if name == "rm" else call()
+
+    def refusing(name, call):
+        if name == "rm_file":
+            raise PermissionError("AccessDenied")
+        return passing_over(name, call)
+
+    store = spoiled(tmp_path, passing_over)
+    for name in ("a", "b"):
+        store.write_bytes(f"x/{name}", b"1")
+    store.remove("x")
+    assert store.sizes("x") == {}
+    store = spoiled(tmp_path, refusing)
+    store.write_bytes("x/c", b"1")
+    with pytest.raises(StoreError, match="permission denied"):
+        store.remove("x")
 
 
 def test_upload_that_did_not_arrive_gets_no_record(tmp_path):

@@ -1,16 +1,22 @@
 """Bytes by name on any file system: whole, exclusive, listed as they are now."""
 
 import gzip
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.digests import DigestMemo, sha256_file
+from regrow.infra.lease import Lease
 from regrow.infra.store import Store, StoreError, expand, open_url
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "dir"])
 def store(request, tmp_path):
-    return Store(tmp_path / "s" if request.param == "local" else f"memory://{tmp_path.name}")
+    """A store on a file system of each kind; `dir` has folders and is not known to be local."""
+    urls = {"local": f"{tmp_path}/s", "memory": f"memory://{tmp_path.name}"}
+    (tmp_path / "below").mkdir()
+    return Store(urls.get(request.param) or f"dir::file://{tmp_path}/below")
 
 
 def test_create_succeeds_once(store):
@@ -36,6 +42,78 @@ def test_sizes_and_folders_show_another_writers_files(store, tmp_path):
 
 def test_remove_of_nothing_is_no_error(store):
     store.remove("nothing/here")
+
+
+def test_remove_takes_all_below_and_nothing_beside(store):
+    for name in ("a/b/c", "a/d", "ab"):
+        store.write_bytes(name, b"x")
+    store.remove("a")
+    assert store.sizes("") == {"ab": 1}
+    assert store.folders("") == []
+
+
+def test_only_an_empty_directory_is_pruned(store):
+    store.write_bytes("a/b", b"x")
+    store.prune("a")
+    assert store.sizes("") == {"a/b": 1}
+    store.remove("a/b")
+    store.prune("a")
+    assert store.folders("") == []
+
+
+def test_entries_tell_when_a_file_was_written(store):
+    before = datetime.now(UTC) - timedelta(seconds=5)
+    store.write_bytes("a/b", b"x")
+    (entry,) = store.entries("a").values()
+    assert before < entry.changed < datetime.now(UTC) + timedelta(seconds=5)
+
+
+def test_a_store_has_one_name_of_its_own(store, tmp_path):
+    assert store.id == Store(store.url).id != Store(tmp_path / "other").id
+
+
+def test_files_go_into_folders_that_are_not_there_yet_and_come_back(store, tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    store.put_files([(tmp_path / "file", "not/yet/there")])
+    store.get_files([("not/yet/there", tmp_path / "back" / "file")])
+    assert (tmp_path / "back" / "file").read_bytes() == b"content"
+    store.check_writable()
+
+
+def test_artifacts_and_leases_live_on_it(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("content")
+    artifacts = ArtifactStore(store, tmp_path / "cache")
+    with Lease(store, "stages/a", 30) as lease:
+        assert lease.try_acquire()
+        assert not Lease(store, "stages/a", 30).try_acquire()
+        facts = {"stage": "s", "spec": {}, "inputs": {}, "result": {}}
+        record = artifacts.publish("stages/a", tmp_path / "out", **facts)
+    assert (artifacts.fetch(record) / "file").read_text() == "content"
+    artifacts.remove("stages/a")
+    assert store.sizes("stages") == {}
+
+
+def test_no_reader_of_a_file_system_with_folders_sees_half_a_file(tmp_path):
+    """Every write there goes beside and is renamed: what is opened for writing has another name."""
+    (tmp_path / "below").mkdir()
+    store = Store(f"dir::file://{tmp_path}/below")
+    opened, inner = [], store._fs
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def pipe_file(self, path, data):
+            opened.append(path)
+            inner.pipe_file(path, data)
+
+    store._fs = Watched()
+    store.write_bytes("a/record.json", b"x")
+    store.create("b/record.json", b"x")
+    assert opened
+    assert not [path for path in opened if path.endswith("record.json")]
+    assert store.sizes("") == {"a/record.json": 1, "b/record.json": 1}
 
 
 def test_reading_an_absent_name_says_so(store):

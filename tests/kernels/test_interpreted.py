@@ -18,6 +18,7 @@ from regrow.kernels import (
     rope,
     swiglu,
 )
+from tests.kernels import test_adamw as test_adamw_module
 
 INSIDE = backend.INTERPRETING
 inside = pytest.mark.skipif(not INSIDE, reason="runs in the interpreter's process")
@@ -219,3 +220,13 @@ def test_dropout_reaches_far_rows():
     dropout._kernel[(3, 1)](far(torch.ones(3, SEEN)), y, APART, 0.5, 7, SEEN)
     assert set(y.clone().flatten().tolist()) == {0.0, 2.0}
     assert (y != 0).any(1).all()
+
+
+@inside
+@pytest.mark.parametrize("most", [1.0, 0.0])
+def test_adamw(most, dtype):
+    ours, right, low, _ = test_adamw_module.run_both("cpu", dtype, most)
+    for p, expected, copy in zip(ours, right, low, strict=True):
+        torch.testing.assert_close(p, expected.detach(), rtol=2e-6, atol=2e-6)
+        # The interpreter cuts bits off where the GPU rounds to the nearest.
+        torch.testing.assert_close(copy.float(), p, rtol=2**-7, atol=0)

@@ -13,9 +13,11 @@ from tests.services.servers import (
     Postgres,
     S3Server,
     ServerMissing,
+    SshServer,
     mock_s3,
     postgres,
     radosgw,
+    sshd,
 )
 from tests.services.whole_platform import Platform, platform_on
 
@@ -41,6 +43,16 @@ def s3_server() -> Iterator[S3Server]:
     """Ceph's S3 gateway; `.bucket()` gives a new bucket, whose `.env` leads a program there."""
     try:
         with radosgw() as server:
+            yield server
+    except ServerMissing as error:
+        _missing(error)
+
+
+@pytest.fixture(scope="session")
+def ssh_server() -> Iterator[SshServer]:
+    """OpenSSH's server; `.url(folder)` is a folder of this machine through it."""
+    try:
+        with sshd() as server:
             yield server
     except ServerMissing as error:
         _missing(error)

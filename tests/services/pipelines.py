@@ -123,9 +123,14 @@ def _serve() -> None:
     import s3fs  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    # All of it: what a fork imported later could by then be another version of the file.
+    import regrow.configs.load
+    import regrow.flows.workplace
+    import regrow.infra.hub
     import regrow.tasks.merge.run
     import regrow.tasks.plan
     import regrow.tasks.prepare.run
+    import regrow.tasks.train.job
     import regrow.tasks.train.worker  # noqa: F401
     from regrow.infra.launch import die_with_parent
 

@@ -243,6 +243,73 @@ def _wait_for(
         raise ServerFailed(f"{failure}\n{tail}") from failure
 
 
+# --- SFTP ---
+
+
+@dataclass(frozen=True)
+class SshServer:
+    """A running sshd, for the user that this process is."""
+
+    port: int
+    home: Path
+    """A home directory with the key that it lets in; paramiko looks for it in `$HOME`."""
+
+    def url(self, path: Path) -> str:
+        """A directory of this machine as that server gives it."""
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        return f"sftp://{user}@127.0.0.1:{self.port}{path}"
+
+
+_SSHD_CONF = """\
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/allowed
+PidFile none
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin prohibit-password
+Subsystem sftp internal-sftp
+"""
+
+
+@contextlib.contextmanager
+def sshd() -> Iterator[SshServer]:
+    """OpenSSH's server with a host key and a user's key of its own.
+
+    Raises:
+        ServerMissing: when it is not installed.
+        ServerFailed: when it does not start.
+    """
+    server = shutil.which("sshd") or "/usr/sbin/sshd"
+    if not Path(server).exists():
+        raise ServerMissing("sshd is not installed (package openssh-server)")
+    with _scratch("sshd") as folder:
+        made = SshServer(free_port(), folder / "home")
+        (made.home / ".ssh").mkdir(parents=True)
+        key = made.home / ".ssh" / "id_ed25519"
+        for path in (folder / "host_key", key):
+            _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)])
+        shutil.copyfile(key.with_suffix(".pub"), folder / "allowed")
+        conf = folder / "sshd_config"
+        conf.write_text(_SSHD_CONF.format(folder=folder, port=made.port))
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where it gives up its rights
+        process = start([server, "-D", "-e", "-f", str(conf)], folder / "log")
+        try:
+            _wait_for(process, folder / "log", "sshd", lambda: _listens(made.port))
+            yield made
+        finally:
+            stop(process, 1)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 # --- S3 ---
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from regrow.tasks.stage import Stage, StageError, StageJob
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.cluster import RayWorkers
+from regrow.tasks.train.part import Call, Ended
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
 from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
@@ -24,6 +25,8 @@ from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.services
 ray = pytest.importorskip("ray")
+ray_cluster = pytest.importorskip("regrow.tasks.train.ray_cluster")
+machines_with = ray_cluster.machines_with
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,34 @@ def test_what_a_cluster_does_not_have_is_named(cluster, stage_job):
     job = stage_job(RayWorkers(1, {"GPU": 8}), Notes(), hang_timeout=1.0)
     with pytest.raises(StageError, match=r"does not have 1 times .*GPU.* 8"):
         stage.run(job)
+
+
+def test_only_machines_that_can_hold_a_worker_are_counted():
+    """A head node often has no GPU."""
+    head = {"Alive": True, "Resources": {"CPU": 8.0}}
+    gpus = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    dead = {"Alive": False, "Resources": {}}
+    assert machines_with({"GPU": 8}, [head, gpus, dead, gpus]) == 2
+    assert machines_with({"CPU": 4}, [head, gpus, dead]) == 2
+    assert machines_with({"GPU": 16}, [head, gpus]) == 1  # which is then not found, and named
+
+
+def test_an_unforeseen_error_in_a_worker_is_no_loss_of_it(monkeypatch, make_job):  # noqa: F811
+    call = Call(make_job("a").to_json(), "s3://none", "stages/none", 1, "127.0.0.1", 1)
+
+    def fail(call, work):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(ray_cluster, "localize", fail)
+    ended = Ended.from_json(ray_cluster.Machine().take_part(call.to_json(), 0, "handover"))
+    assert ended.failure["message"] == "KeyError: 'a bug'"
+    assert ended.failure["signal"] is None
+
+    def lost(reference):
+        cause = KeyError("a bug")
+        raise ray.exceptions.RayTaskError("take_part", "Traceback", cause)
+
+    monkeypatch.setattr(ray_cluster.ray, "get", lost)
+    failure = ray_cluster._ended(None).failure
+    assert failure["message"] == "KeyError: 'a bug'"
+    assert failure["signal"] is None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
-from regrow.tasks.build import Builder, Units, stage_key
+from regrow.infra.lease import Lease
+from regrow.tasks.build import Builder, Units, checkpoint_prefix, stage_key
 from regrow.tasks.stage import Stage, StageError
 
 
@@ -167,3 +168,57 @@ def test_unit_is_built_once_and_found_by_the_next_attempt(builder, report, tmp_p
     assert (first[2], again[2], len(built)) == (True, False, 1)
     assert (again[0] / "part").read_text() == "p"
     assert again[1] == {"n": 1}
+
+
+def lose_the_lease(job):
+    """While this one was silent another has taken the lease over and begun."""
+    store = ArtifactStore.open_url(job.checkpoints).store
+    store.write_bytes(f"leases/{stage_key(job.stage)}/00000001.json", b'{"beat": "another"}')
+    store.write_bytes(f"{stage_key(job.stage)}/attempt-another/text", b"hal")
+    store.write_bytes(f"{checkpoint_prefix(job.stage)}/step-1/attempt-x/state", b"state")
+    (job.out / "text").write_text("text")
+    return {}
+
+
+def test_slow_builder_removes_nothing_of_who_took_its_lease_over(builder, report):
+    slow = stage("slow", "lose_the_lease")
+    outcome = builder.build(slow, report)
+    store = builder.artifacts.store
+    assert text_of(builder, outcome) == "text"
+    assert store.folders(stage_key(slow)) == sorted(["attempt-another", outcome.record.attempt])
+    assert store.folders(checkpoint_prefix(slow)) == ["step-1"]
+
+
+def look_at_the_lease(job):
+    """Which names the lease says it needs, before and after units are asked for."""
+    lease = Lease(ArtifactStore.open_url(job.checkpoints).store, stage_key(job.stage), 5)
+    before = lease.needs()
+    job.units.get_or_build("u", 1, {}, lambda out: {"files": len(list(out.iterdir()))})
+    (job.out / "text").write_text(repr((before, lease.needs())))
+    return {}
+
+
+def test_lease_says_that_units_are_in_use_before_any_is_read(builder, report):
+    looking = stage("look", "look_at_the_lease", data=stage("a"))
+    needs = [stage_key(stage("a"))]
+    assert text_of(builder, builder.build(looking, report)) == repr((needs, [*needs, "units"]))
+
+
+def test_rerun_says_what_it_reads_and_leaves_no_lease(builder, report, tmp_path):
+    builder.build(stage("a"), report)
+    seen = []
+    held = builder.artifacts.store
+    report.log = lambda _message: None
+    again = stage("b", data=stage("a"))
+    function = again.function()
+
+    class Watched(Stage):
+        def function(self):
+            seen.extend(held.sizes("leases/reruns"))
+            return function
+
+    builder.rerun(
+        Watched(again.name, 1, again.spec, again.runner, again.inputs), tmp_path / "o", report
+    )
+    assert len(seen) == 1
+    assert held.sizes("leases/reruns") == {}

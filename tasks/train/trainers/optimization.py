@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import Trainer
@@ -23,6 +23,7 @@ from regrow.tasks.train.optimizers import (
     projectors_onto_device,
 )
 from regrow.tasks.train.spec import TrainSpec
+from regrow.tasks.train.trainers.fused_adamw import NAMES, FusedAdamW
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -37,22 +38,26 @@ class Optimization(_Base):
         partly_trained: frozenset[str] = frozenset(),
         model_has_loss: bool = False,
         offloads: bool = False,
+        stays: float = 0,
         **kwargs: Any,
     ) -> None:
         """`partly_trained`: names of parameters of which some rows are frozen; `model_has_loss`:
         the model's own loss has the recipe's terms already (`regrow.tasks.modeling.loss_head`);
-        `offloads`: activations that are kept wait in the host's memory."""
+        `offloads`: activations that are kept wait in the host's memory, all but the first `stays`
+        bytes of them."""
         loss = None if model_has_loss else loss_function(spec.label_smoothing, spec.z_loss)
         super().__init__(
             optimizer_cls_and_kwargs=own_optimizer(spec), compute_loss_func=loss, **kwargs
         )
-        self._spec, self._partly_trained, self._offloads = spec, partly_trained, offloads
+        self._spec, self._partly_trained = spec, partly_trained
+        self._offloads, self._stays = offloads, stays
+        self._has_kernels = model_has_loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does."""
         if not self._offloads:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with OffloadSaved(inputs["input_ids"].shape[1]):
+        with OffloadSaved(inputs["input_ids"].shape[1], self._stays):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -61,7 +66,9 @@ class Optimization(_Base):
         return [name for name in names if name not in self._partly_trained]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, unless parameters have rates of their own."""
+        """The Trainer's, unless parameters have rates of their own or ours computes the same."""
+        if self.optimizer is None and self._steps_in_one_pass():
+            self.optimizer_cls_and_kwargs = FusedAdamW, self._one_pass_settings()
         if self.optimizer is None and divides_parameters(self._spec):
             model: Any = args[0] if args and args[0] is not None else self.model
             decayed = set(self.get_decay_parameter_names(model))
@@ -72,6 +79,31 @@ class Optimization(_Base):
         optimizer = super().create_optimizer(*args, **kwargs)
         drop_empty_groups(optimizer)
         return optimizer
+
+    def _steps_in_one_pass(self) -> bool:
+        """Whether `FusedAdamW` stands in for PyTorch's."""
+        spec, args = self._spec, self.args
+        alone = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        trained = [p.dtype for p in cast(Any, self.model).parameters() if p.requires_grad]
+        plain = spec.adapter is None and spec.optimizer in NAMES and not spec.optimizer_args
+        return self._has_kernels and alone and plain and set(trained) == {torch.float32}
+
+    def _one_pass_settings(self) -> dict[str, Any]:
+        spec, loop = self._spec, cast(Any, self)
+        return {
+            "lr": spec.learning_rate,
+            "betas": (spec.adam_beta1, spec.adam_beta2),
+            "eps": spec.adam_epsilon,
+            "max_grad_norm": spec.max_grad_norm,
+            "rounded": loop.rounded,
+        }
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the norm of the gradients that the optimizer clips itself."""
+        norm = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "norm", None)
+        if "grad_norm" in logs and norm is not None:
+            logs["grad_norm"] = norm.item()
+        super().log(logs, *args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -3,7 +3,7 @@
 import pytest
 
 from regrow.tasks.forecast.devices import DEVICES, device_named, device_of, rate
-from regrow.tasks.forecast.fit import Choice, Wish, advice, choose
+from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose
 from regrow.tasks.forecast.memory import GIB, Division, Setting, memory
 from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.forecast.trainable import all_weights, with_adapter
@@ -33,25 +33,26 @@ def wish(micro_batch=None, checkpointing=None, processes=1, trainable=LORA, batc
 @pytest.mark.parametrize("processes", [1, 3, 4])
 def test_what_is_chosen_fits_and_keeps_the_global_batch(size, processes):
     asked = wish(processes=processes)
-    found = choose(asked, size * GIB, CAREFUL)
+    found = choose(asked, Room.of_device(size * GIB), CAREFUL)
     setting = asked.at(found.micro_batch, found.checkpointing)
     assert memory(setting).total <= size * GIB
     assert (16 // processes) % found.micro_batch == 0
 
 
 def test_more_memory_means_less_recomputing():
-    assert choose(wish(), 80 * GIB, CAREFUL).checkpointing is False
-    assert choose(wish(), 24 * GIB, CAREFUL).checkpointing is True
+    assert choose(wish(), Room.of_device(80 * GIB), CAREFUL).checkpointing is False
+    assert choose(wish(), Room.of_device(24 * GIB), CAREFUL).checkpointing == "selective"
 
 
 def test_what_the_recipe_says_is_kept():
-    assert choose(wish(micro_batch=2), 80 * GIB, Choice(2, True)).micro_batch == 2
-    assert choose(wish(checkpointing=True), 80 * GIB, CAREFUL).checkpointing is True
-    both = choose(wish(2, False), 8 * GIB, Choice(2, False))
+    assert choose(wish(micro_batch=2), Room.of_device(80 * GIB), Choice(2, True)).micro_batch == 2
+    kept = choose(wish(checkpointing=True), Room.of_device(80 * GIB), CAREFUL)
+    assert kept.checkpointing is True
+    both = choose(wish(2, False), Room.of_device(8 * GIB), Choice(2, False))
     assert (both.micro_batch, both.checkpointing) == (2, False)
 
 
-@pytest.mark.parametrize(("asked", "room"), [(wish(), None), (None, 80 * GIB), (wish(), 2 * GIB)])
+@pytest.mark.parametrize(("asked", "room"), [(wish(), None), (None, Room(80 * GIB))])
 def test_the_careful_choice_where_nothing_is_known_or_fits(asked, room):
     found = choose(asked, room, CAREFUL)
     assert (found.micro_batch, found.checkpointing) == (1, True)

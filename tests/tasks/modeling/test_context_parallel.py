@@ -79,6 +79,7 @@ VARIANTS = [(family, False, False) for family in ("llama", "qwen3", "mistral", "
 VARIANTS += [("llama", True, False), ("gemma3", True, True), ("qwen3_moe", False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_and_gradients_are_those_of_one_process(ranks, tmp_path):
     for found in on_ranks(compare, ranks, tmp_path, VARIANTS):

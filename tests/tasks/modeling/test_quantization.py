@@ -77,3 +77,23 @@ def test_a_base_stored_quantized_otherwise_is_refused(tiny_llama_dir, tmp_path, 
     (where / "config.json").write_text(json.dumps(config))
     with pytest.raises(StageError, match=rf"stored quantized \({method}\)"):
         load_model(where, dtype="bfloat16")
+
+
+def test_gradients_are_the_same_after_a_validation(tiny_llama_dir):
+    pytest.importorskip("bitsandbytes")
+    model = load_model(tiny_llama_dir, dtype="float32", quantization=Quantization(4))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    ids = torch.arange(12)[None]
+    ends = torch.tensor([0, 12], dtype=torch.int32)
+    batch = {"input_ids": ids, "labels": ids, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    batch |= {"max_length_q": 12, "max_length_k": 12}
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad.clone())
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+    torch.testing.assert_close(*gradients)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
+from regrow.tasks.forecast import setting
+from regrow.tasks.modeling import offload
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from regrow.tasks.modeling.offload import OffloadSaved
 from regrow.tasks.modeling.recompute import (
     POLICIES,
-    LayerSizes,
-    checkpoint_arguments,
-    choose_policy,
+    keep_attention,
+    recompute_layers,
 )
 from tests.tasks.modeling.models import packed_batch, tiny
 
 
 def gradients(model, policy, offload=False):
-    how = checkpoint_arguments(policy, use_reentrant=False)
-    if how is not None:
-        model.gradient_checkpointing_enable(how)
+    recompute_layers(model, policy, use_reentrant=False)
     batch = packed_batch()
     if offload:
         kept = OffloadSaved(batch["input_ids"].shape[1], on_cpu=True)
@@ -63,10 +61,32 @@ class CountAttention(TorchDispatchMode):
 @pytest.mark.parametrize(("policy", "times"), [("full", 2), ("selective", 1)])
 def test_selective_computes_attention_once(policy, times):
     model = tiny("llama")
-    model.gradient_checkpointing_enable(checkpoint_arguments(policy, use_reentrant=False))
+    recompute_layers(model, policy, use_reentrant=False)
     with CountAttention() as counter:
         model(**packed_batch((20, 30), pad_to=None)).loss.backward()
     assert counter.count == 2 * 2 * times  # layers, examples
+
+
+def test_a_tensor_takes_its_own_size_on_the_host_and_comes_back_to_the_bit(monkeypatch):
+    """torch's pinned memory alone would round it up to a power of two."""
+    monkeypatch.setattr(offload, "PIECE_BYTES", 64)
+    kept = OffloadSaved(tokens=5, on_cpu=True)
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    with kept:
+        y = (x.t().contiguous().t() * 1.0).sin()
+    assert kept.bytes == 5 * 7 * 8
+    y.sum().backward()
+    assert torch.equal(x.grad, x.detach().cos())
+
+
+def test_the_first_tensors_stay_as_far_as_there_is_room():
+    kept = OffloadSaved(tokens=4, stays=2 * 4 * 3 * 4 + 1, on_cpu=True)
+    x = torch.randn(4, 3, requires_grad=True)
+    with kept:
+        y = x.sin().sin().sin().sin()
+    assert kept.bytes == 2 * 4 * 3 * 4
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_offloading_without_checkpoints_is_right_too():
@@ -78,26 +98,23 @@ def test_offloading_without_checkpoints_is_right_too():
     assert all(torch.equal(got[name], gradient) for name, gradient in right.items())
 
 
-def llama_8b() -> LayerSizes:
-    return LayerSizes(layers=32, hidden=4096, width=14336, heads=4096, key_heads=1024)
-
-
-def test_sizes_come_from_the_configuration():
-    model = copy.deepcopy(tiny("llama"))
-    assert LayerSizes.of(model.config) == LayerSizes(2, 32, 48, 32, 16)
-
-
 @pytest.mark.parametrize(
-    ("gib", "expected"), [(62, "none"), (20, "selective"), (8, "selective"), (4, "offload")]
+    ("operation", "kept"),
+    [
+        ("torch_attn._varlen_attn.default", True),
+        ("flash_attn._flash_attn_varlen_forward.default", True),
+        ("flash_attn_3.fwd.default", True),
+        ("flash_attn_3._flash_attn_forward.default", True),
+        ("flash_attn_3.bwd.default", False),
+        ("aten._flash_attention_forward.default", True),
+        ("aten._flash_attention_backward.default", False),
+        ("aten.mm.default", False),
+    ],
 )
-def test_as_little_is_computed_again_as_memory_demands(gib, expected):
-    """Llama-3.1-8B's shape, two rows of 4096: without checkpoints a hand-written reference held
-    51 GiB, of which 15 were weights (H100, 2026-11-21)."""
-    sizes = llama_8b()
-    assert choose_policy(sizes, 8192, gib * 2**30) == expected
-    assert 25 < sizes.kept_bytes("none", 8192, 2) / 2**30 < 40
+def test_the_result_of_every_attention_is_kept(operation, kept):
+    found = keep_attention(None, operation)
+    assert (found == CheckpointPolicy.MUST_SAVE) == kept
 
 
-def test_policies_keep_less_one_after_the_other():
-    kept = [llama_8b().kept_bytes(policy, 8192, 2) for policy in POLICIES]
-    assert kept == sorted(kept, reverse=True)
+def test_policies_are_those_of_the_forecast():
+    assert POLICIES == setting.POLICIES

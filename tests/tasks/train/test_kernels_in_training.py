@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -52,6 +53,31 @@ def test_the_curve_and_the_files_are_those_without_kernels(make_job, kind):
     swapped = result["timing"]["kernels"]
     assert swapped["swapped"] == {"attention": 2, "mlp": 2, "rms_norm": 5, "cross_entropy": 1}
     assert before["timing"]["kernels"]["swapped"] == {}
+
+
+def test_trained_weights_are_rounded_once_a_step(make_job):
+    """Full fine-tuning in bfloat16: with or without kernels every sum between layers is bfloat16,
+    and with them the rounded copies follow the weights from step to step."""
+    spec = {**KINDS["full"], "dtype": "bfloat16", "max_steps": 12}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.seen = set()
+            for layer in model.model.layers:
+                layer.register_forward_hook(lambda m, a, out: self.seen.add(out.dtype))
+
+    looks, found = [], []
+    for name, placement in (("plain", {}), ("ours", {"kernels": KERNELS}),
+                            ("split", {"kernels": KERNELS, "micro_batch_size": 1})):  # fmt: skip
+        job = make_job(name, spec, placement)
+        looks.append(Look())
+        train(job, [looks[-1]])
+        found.append(losses(job.metrics_path))
+    assert all(look.seen == {torch.bfloat16} for look in looks)
+    steps = sorted(found[0])
+    assert found[0][steps[-1]] < found[0][steps[0]] - 0.05  # weights that stayed give the first
+    for ours in found[1:]:
+        assert ours == pytest.approx(found[0], abs=2e-2)
 
 
 def test_the_recipes_loss_is_the_same(make_job):

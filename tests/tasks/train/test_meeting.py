@@ -8,6 +8,8 @@ import pytest
 
 from regrow.infra.launch import free_port
 from regrow.infra.nodes import Nodes
+from regrow.tasks.stage import StageError
+from regrow.tasks.train import machines as machines_module
 from regrow.tasks.train import meeting as meeting_module
 from regrow.tasks.train.meeting import Lost, Meeting, Over
 from regrow.tasks.train.part import Call, Ended, failure_of
@@ -86,3 +88,38 @@ def test_that_machine_0_has_gone_is_no_silence():
     del host
     with pytest.raises(Lost):
         guest.next_call(0)
+
+
+def test_a_port_that_stays_in_use_is_named():
+    nodes = Nodes(2, 0, "127.0.0.1", free_port())
+    first = Meeting.host(nodes)
+    with pytest.raises(StageError, match=f"MASTER_PORT: .* port {nodes.port} .*address already"):
+        Meeting.host(nodes, patience=0.05)
+    assert first.name
+
+
+def test_the_port_is_free_again_once_a_meeting_is_closed():
+    """Although something holds on to the meeting, as the traceback of an error does."""
+    nodes = Nodes(2, 0, "127.0.0.1", free_port())
+    first = Meeting.host(nodes)
+    first.close(0, "it failed", seconds=0)
+    second = Meeting.host(nodes, patience=0)
+    assert second.name != first.name
+
+
+def test_machines_that_wait_hear_that_there_is_nothing_to_train():
+    place = ("127.0.0.1", free_port())
+    said, heard = [], []
+
+    def follow():
+        try:
+            Meeting.join(Nodes(2, 1, *place), print).next_call(0)
+        except Over as over:
+            heard.append(over.why)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    machines_module.send_away(Nodes(2, 0, *place), said.append)
+    follower.join(60)
+    assert heard == [""]
+    assert said == ["telling the 1 other machines that there is nothing to train"]

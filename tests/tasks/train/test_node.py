@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,9 +19,12 @@ from regrow.infra.nodes import Nodes
 from regrow.infra.settings import child_environment
 from regrow.tasks.stage import Stage, StageError, StageJob
 from regrow.tasks.train import machines as machines_module
+from regrow.tasks.train import meeting as meeting_module
+from regrow.tasks.train import node as node_module
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.machines import FirstMachine, most_telling
-from regrow.tasks.train.part import Call, localize
+from regrow.tasks.train.meeting import Meeting
+from regrow.tasks.train.part import Call, Ended, localize
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
 from tests.tasks.train.ranks import rank_pids_of
@@ -171,3 +175,91 @@ def test_the_failure_that_the_others_follow_from_is_told(tmp_path):
     assert most_telling([lost, killed]) is killed
     assert most_telling([stopped, lost]) is lost
     assert most_telling([lost, stopped, memory]) is memory
+
+
+class Follower:
+    """Machine 1's process as a thread, whose ranks are a function."""
+
+    def __init__(self, monkeypatch, tmp_path, make_job):
+        self.nodes = [Nodes(2, rank, "127.0.0.1", port) for port in [free_port()] for rank in (0, 1)]
+        self.call = Call(make_job("a").to_json(), "s3://none", "stages/none", 2, "127.0.0.1", 1)
+        self.work, self.job, self.found, self.why = tmp_path / "work", make_job("a"), [], []
+        self.faults, self.part = [], lambda: Ended()
+        monkeypatch.setattr(meeting_module, "_POLL", 0.01)
+        monkeypatch.setattr(meeting_module, "_GRACE", 0.05)
+        monkeypatch.setattr(node_module, "localize", self.localize)
+        monkeypatch.setattr(node_module, "take_part", lambda *args: self.part())
+        self.thread = threading.Thread(target=self.follow, args=(tmp_path / "logs",), daemon=True)
+        self.thread.start()
+
+    def follow(self, logs):
+        self.why.append(node_module.follow(self.nodes[1], self.work, logs))
+
+    def localize(self, call, here):
+        self.found.append(sorted(path.name for path in here.iterdir()) if here.exists() else None)
+        if self.faults:
+            raise self.faults.pop()
+        here.mkdir(parents=True)
+        return dataclasses.replace(self.job, work=here)
+
+    def wait(self, condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def follower(monkeypatch, tmp_path, make_job):
+    return Follower(monkeypatch, tmp_path, make_job)
+
+
+def test_what_an_earlier_run_left_in_an_attempts_directory_is_removed(follower):
+    stale = follower.work / "attempt-0" / "preempted.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    host = Meeting.host(follower.nodes[0])
+    host.call(0, follower.call)
+    follower.wait(lambda: host.ends(0))
+    assert follower.found == [None]
+    host.close(1, "")
+    follower.thread.join(60)
+    assert follower.why == [""]
+
+
+def test_an_unforeseen_error_of_another_machine_is_told(follower):
+    """Before its part, and in it; the machine goes on with the next attempt each time."""
+    follower.faults.append(KeyError("a bug"))
+    host = Meeting.host(follower.nodes[0])
+    host.call(0, follower.call)
+    follower.wait(lambda: not host.not_ready(0)[0])
+    assert host.not_ready(0)[1] == ["machine 1: KeyError: 'a bug'"]
+
+    def fail():
+        raise ZeroDivisionError("in the middle")
+
+    follower.part = fail
+    host.call(1, follower.call)
+    follower.wait(lambda: host.ends(1))
+    failure = host.ends(1)[1].failure
+    assert failure["message"] == "ZeroDivisionError: in the middle"
+    assert "in fail" in failure["trace"]
+    assert failure["signal"] is None
+    host.close(2, "")
+    follower.thread.join(60)
+    assert follower.why == [""]
+
+
+def test_machine_0_that_dies_and_comes_back_finds_the_others(follower):
+    host = Meeting.host(follower.nodes[0])
+    host.call(0, follower.call)
+    host.call(1, follower.call)
+    follower.wait(lambda: host.ends(1))
+    del host  # as a process that is killed: nobody has said that it is over
+    again = Meeting.host(follower.nodes[0])
+    again.call(0, follower.call)
+    follower.wait(lambda: again.ends(0))
+    again.close(1, "")
+    follower.thread.join(60)
+    assert follower.why == [""]
+    assert follower.found == [None] * 3

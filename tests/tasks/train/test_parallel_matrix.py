@@ -31,14 +31,19 @@ WAYS = {
     "fsdp2": Sharding(fsdp=FSDP),
     "zero2": zero(2),
     "zero3": zero(3),
+    # Both ranks share each row.
+    "cp": Sharding(context_parallel_size=2),
+    "cp-fsdp2": Sharding(fsdp=FSDP, context_parallel_size=2),
+    "cp-zero3": Sharding(deepspeed=zero(3).deepspeed, context_parallel_size=2),
 }
-# CI has the time for one cell and one course through all ways; `make extended` runs the others.
+# CI has the time for two cells and one course through all ways; `make extended` runs the others.
+IN_CI = (("fsdp2", "full"), ("cp-fsdp2", "lora"))
 CELLS = [
     pytest.param(
         way,
         kind,
-        marks=[pytest.mark.slow if (way, kind) == ("fsdp2", "full") else pytest.mark.extended]
-        + [needs_deepspeed] * way.startswith("zero"),
+        marks=[pytest.mark.slow if (way, kind) in IN_CI else pytest.mark.extended]
+        + [needs_deepspeed] * ("zero" in way),
         id=f"{way}-{kind}",
     )
     for way in WAYS
@@ -116,6 +121,23 @@ def test_a_checkpoint_fits_every_other_way(job_of, kind):
             said = run_ranks(job, ranks)
             # 16, or 12 where the last one was still being written when its writers were killed.
             assert any("resuming after step 1" in line for line in said)
+        else:
+            run_and_kill(job, ranks, step=end, rank=ranks - 1)
+    assert losses(job.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
+    assert largest_difference(job, alone) < 1e-3
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_checkpoint_fits_another_context_parallel_size(job_of, kind):
+    """Two ranks that share rows, then one, then four of which two each share rows."""
+    alone = job_of("alone", kind)
+    train(alone)
+    course = [("cp-fsdp2", 2, 7), ("ddp", 1, 13), ("cp-fsdp2", 4, None)]
+    for number, (way, ranks, end) in enumerate(course):
+        job = job_of(f"part-{number}", kind, way, "checkpoints/a")
+        if end is None:
+            assert any("resuming after step 1" in line for line in run_ranks(job, ranks))
         else:
             run_and_kill(job, ranks, step=end, rank=ranks - 1)
     assert losses(job.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)

@@ -1,0 +1,64 @@
+"""Adapters on a model whose layers are divided over processes (tensor parallelism).
+
+Transformers divides the model while loading, by its plan for the architecture, and PEFT divides the
+adapter along with it. Two things are left: PEFT 0.21 gives a divided adapter layer the sizes of its
+part, where Transformers 5.23 reads those of the whole; and it draws first values for each part by
+itself, where they must be those of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from regrow.tasks.stage import StageError
+
+
+def check_adapter(init: bool | str, dora: bool, trained_whole: bool) -> None:
+    """Raises StageError for adapters that need whole layers, of which no process has one.
+
+    Args:
+        trained_whole: whether layers or tokens are trained in full beside the adapter.
+    """
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise StageError(f"tensor_parallel_size: the first values {init!r} need whole layers")
+    if dora:
+        raise StageError("tensor_parallel_size: DoRA needs the length of whole rows")
+    if trained_whole:
+        raise StageError(
+            "tensor_parallel_size: lora_modules_to_save and peft_trainable_token_indices copy whole "
+            "layers; train without them, or use `fsdp_config`"
+        )
+
+
+def name_whole_sizes(model: nn.Module) -> None:
+    """Let every divided linear layer say the sizes of the whole, which its weight knows."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, DTensor):
+            module.out_features, module.in_features = module.weight.shape
+
+
+@torch.no_grad()
+def take_first_values(model: nn.Module, whole: Mapping[str, Tensor] | None) -> None:
+    """Give every trained parameter its part of the first process's values; all call it together.
+
+    Args:
+        whole: on the first process {name: values} of every trained parameter, None on the others.
+    """
+    device: Any = next(model.parameters()).device
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if whole is not None:
+            value.copy_(whole[name])
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            parameter.copy_(distribute_tensor(value, mesh, placements))
+        else:
+            torch.distributed.broadcast(value, src=0)
+            parameter.copy_(value)

@@ -1,0 +1,151 @@
+"""Which activations are computed again on the device that is there: one answer for all ranks.
+
+The memory model of `regrow plan` gives it (`regrow.tasks.forecast`), told what only the worker
+knows: the memory that is free, the kernels that were put in, the longest row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, reserved, staying
+from regrow.tasks.forecast.job_setting import Facts, wish_of_job
+from regrow.tasks.forecast.memory import GIB, Memory, memory
+from regrow.tasks.forecast.model_shape import UnknownArchitectureError, model_shape
+from regrow.tasks.forecast.setting import FULL_LAYERS, NONE
+from regrow.tasks.forecast.trainable import UnknownTargetsError
+from regrow.tasks.modeling.kernels import Swapped
+from regrow.tasks.modeling.row_sizes import read_sizes
+from regrow.tasks.train.job import WorkerJob
+from regrow.tasks.train.order import Split
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much is computed again, and what that is expected to take."""
+
+    policy: str
+    """One of `regrow.tasks.modeling.recompute.POLICIES`."""
+    why: str = ""
+    forecast: Memory | None = None
+    """Of one GPU; None where the model's shape is not known, or on a CPU."""
+    room: Room | None = None
+    """Of the rank that has the least."""
+    stays: float = 0.0
+    """Bytes of activations that stay on the device although others wait on the host."""
+
+    def record(self) -> dict[str, Any]:
+        """As the train stage's result names it."""
+        found: dict[str, Any] = {"recomputes": self.policy}
+        if self.why:
+            found["recomputes_why"] = self.why
+        if self.forecast is not None:
+            found["forecast_memory_gib"] = self.forecast.allocated / GIB
+        if self.room is not None:
+            found["free_memory_gib"] = self.room.device / GIB
+        return found
+
+
+def fit(
+    job: WorkerJob, config: Any, kernels: Swapped, split: Split, args: TrainingArguments
+) -> Fit:
+    """What the placement's gradient checkpointing means here; every rank must call it.
+
+    Args:
+        config: of the model, as it is trained.
+    """
+    room = smallest_room(args) if args.device.type == "cuda" else None
+    wish, unknown = _wish(job, config, kernels, split, args.world_size)
+    found = [decide(job.placement.gradient_checkpointing, wish, unknown, room)]
+    if args.world_size > 1:  # one for all, though their libraries might differ
+        torch.distributed.broadcast_object_list(found, src=0, device=args.device)
+    if found[0].why:
+        logger.info("gradient_checkpointing: %s, %s", found[0].policy, found[0].why)
+    return found[0]
+
+
+def decide(asked: bool | str, wish: Wish | None, unknown: str, room: Room | None) -> Fit:
+    """The answer from the facts.
+
+    Args:
+        asked: true, false, a policy or "auto".
+        unknown: why there is no wish.
+        room: None on a CPU, where nothing is computed again unless it is asked for.
+    """
+    policy = {True: FULL_LAYERS, False: NONE}.get(asked) if isinstance(asked, bool) else asked
+    assert policy is not None
+    if policy != "auto":
+        return _expected(policy, "", wish, room)
+    if room is None:
+        return Fit(NONE)
+    if wish is None:
+        return Fit(FULL_LAYERS, f"since {unknown}", None, room)
+    chosen = choose(wish, room, Choice(wish.micro_batch or 1, FULL_LAYERS))
+    policy = chosen.checkpointing or NONE
+    assert isinstance(policy, str)
+    found = _expected(policy, "", wish, room)
+    assert found.forecast is not None
+    why = (
+        f"for micro-batches of {wish.row_tokens * chosen.micro_batch:,} tokens, which take about "
+        f"{reserved(found.forecast) / GIB:.1f} of {room.device / GIB:.1f} GiB"
+    )
+    return dataclasses.replace(found, why=why)
+
+
+def _expected(policy: str, why: str, wish: Wish | None, room: Room | None) -> Fit:
+    """With what the memory model says of it."""
+    if wish is None or room is None:
+        return Fit(policy, why, None, room)
+    setting = wish.at(wish.micro_batch or 1, policy)
+    stays = staying(setting, room)
+    return Fit(policy, why, memory(dataclasses.replace(setting, stays=stays)), room, stays)
+
+
+def _wish(
+    job: WorkerJob, config: Any, kernels: Swapped, split: Split, processes: int
+) -> tuple[Wish | None, str]:
+    """(what the memory model needs, why there is none)."""
+    placement = dataclasses.replace(job.placement, micro_batch_size=split.micro_batch_size)
+    sizes = read_sizes(job.prepared, "train")
+    if sizes is None:
+        return None, "the prepared data does not say how long its rows are"
+    longest = max(int(sizes[:, 0].max()), placement.pad_to or 0)
+    try:
+        text = config.get_text_config()
+        facts = Facts(
+            model_shape(text.to_dict()),
+            longest,
+            processes,
+            tuple(kernels.modules),
+            str(job.start_adapter) if job.start_adapter else None,
+        )
+        return wish_of_job(job.spec, placement, facts), ""
+    except (UnknownArchitectureError, UnknownTargetsError) as error:
+        return None, str(error)
+
+
+def smallest_room(args: TrainingArguments) -> Room:
+    """The room of the rank that has the least, on every rank."""
+    free, _ = torch.cuda.mem_get_info(args.device)
+    # What torch holds already, such as a quantized base, is counted by the memory model too.
+    mine = free + torch.cuda.memory_reserved(args.device)
+    host = _host_memory() / max(1, torch.cuda.device_count())
+    rooms = torch.tensor([mine, host], dtype=torch.float64, device=args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(rooms, op=torch.distributed.ReduceOp.MIN)
+    device, host = rooms.tolist()
+    return Room(device, host)
+
+
+def _host_memory() -> float:
+    """Bytes that the host has free."""
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,124 @@
+"""What is computed again: the plan's memory model decides, with the worker's facts, for all ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regrow.tasks.forecast.fit import Choice, Room, choose
+from regrow.tasks.forecast.job_setting import Facts, wish_of_job
+from regrow.tasks.forecast.memory import GIB
+from regrow.tasks.forecast.model_shape import model_shape
+from regrow.tasks.modeling.kernels import Swapped
+from regrow.tasks.train import fitting
+from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.order import Split
+from regrow.tasks.train.reporters import Reporters
+from regrow.tasks.train.spec import TrainPlacement, TrainSpec
+from regrow.tasks.train.worker import train
+from tests.gloo_ranks import on_ranks
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SPEC = TrainSpec(
+    base_model_digest="",
+    dtype="bfloat16",
+    global_batch_size=2,
+    num_epochs=1,
+    learning_rate=1e-4,
+    adapter=AdapterSpec(r=16, alpha=32, target_linear=True),
+)
+
+
+def wish(kernels=None, asked="auto"):
+    placement = TrainPlacement("", micro_batch_size=2, gradient_checkpointing=asked)
+    return wish_of_job(SPEC, placement, Facts(model_shape(LLAMA_8B), 4096, kernels=kernels))
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"), [(62, "none"), (24, "selective"), (21.5, "full"), (17, "offload")]
+)
+def test_as_little_is_computed_again_as_memory_demands(gib, expected):
+    assert fitting.decide("auto", wish(), "", Room(gib * GIB)).policy == expected
+
+
+def test_the_plan_and_the_worker_decide_alike():
+    for gib in (70, 40, 24, 20, 17, 10):
+        room = Room(gib * GIB)
+        planned = choose(wish(), room, Choice(2, "full")).checkpointing or "none"
+        assert fitting.decide("auto", wish(), "", room).policy == planned
+
+
+def test_kernels_that_do_not_run_are_not_counted_on():
+    room = Room(50 * GIB)
+    assert fitting.decide("auto", wish(), "", room).policy == "none"
+    assert fitting.decide("auto", wish(kernels=()), "", room).policy != "none"
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy"), [(True, "full"), (False, "none"), ("selective", "selective")]
+)
+def test_what_is_asked_for_is_done_and_forecast(asked, policy):
+    found = fitting.decide(asked, wish(asked=asked), "", Room(80 * GIB))
+    assert found.policy == policy
+    assert found.forecast is not None
+    assert found.record()["forecast_memory_gib"] > 15
+
+
+def test_an_unknown_architecture_computes_all_again():
+    found = fitting.decide("auto", None, "nobody knows it", Room(80 * GIB))
+    assert found.policy == "full"
+    assert "nobody knows it" in found.record()["recomputes_why"]
+
+
+def test_activations_wait_on_the_host_only_where_it_has_room():
+    crowded = Room(17 * GIB, host=1 * GIB)
+    assert fitting.decide("auto", wish(), "", crowded).policy == "full"
+
+
+def rooms_of_ranks() -> tuple[float, str]:
+    rank = torch.distributed.get_rank()
+    free = (60 - 36 * rank) * GIB
+    torch.cuda.mem_get_info = lambda device: (free, 80 * GIB)
+    torch.cuda.memory_reserved = lambda device: 0
+    args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    room = fitting.smallest_room(args)
+    return room.device / GIB, fitting.decide("auto", wish(), "", room).policy
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
+    assert on_ranks(rooms_of_ranks, 2, tmp_path) == [(24, "selective")] * 2
+
+
+def fit_of_rank() -> str:
+    asked = "offload" if torch.distributed.get_rank() else "full"
+    args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing=asked))
+    fitting._wish = lambda *rest: (None, "")
+    return fitting.fit(job, None, Swapped(), Split(2, 1, 1), args).policy
+
+
+def test_all_ranks_do_what_rank_0_says(tmp_path):
+    assert on_ranks(fit_of_rank, 2, tmp_path) == ["full", "full"]
+
+
+def test_the_record_names_what_was_computed_again(make_job):
+    found = train(make_job("a", {"max_steps": 1}, {"gradient_checkpointing": "selective"}))
+    assert found["timing"]["recomputes"] == "selective"
+
+
+def test_tensorboard_can_write_down_the_arguments_of_every_policy(make_job, tmp_path, monkeypatch):
+    """It writes them as JSON, which a policy's functions are not."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    placement = {"gradient_checkpointing": "selective", "reporters": Reporters(("tensorboard",))}
+    assert train(make_job("a", {"max_steps": 1}, placement))["steps"] == 1
+    assert list((tmp_path / "runs").iterdir())
