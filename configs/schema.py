@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from regrow.configs.kernels import all_words
 from regrow.configs.recipe import Recipe
 from regrow.configs.sharding import OLD_OPTIONS
 from regrow.configs.vocabulary import (
@@ -22,12 +23,32 @@ _EXTENDS = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
 }
 
+_BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
+"""pydantic's names of bounds behind a validator of our own -> JSON Schema's."""
+
+_YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "y", "n", "t", "f")
+_TRUTHS = [
+    *(0, 1, "0", "1"),
+    *(form for word in _YES_OR_NO for form in (word, word.title(), word.upper())),
+]
+_TRUTH = {"type": ["boolean", "null"]}
 _SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 _OTHER_FORMS: dict[str, Any] = {
     "warmup_steps": _SHARE,
     "logging_steps": _SHARE,
-    "deepspeed": {"type": "string"},
+    "deepspeed": {"anyOf": [{"type": "string"}, {"enum": [False, 0, []]}]},
     "tokens": {"type": "object"},
+    "fsdp_version": {"enum": [1, "1", "2"]},
+    "fsdp_config": {"enum": [False, 0, "", []]},
+    "attn_implementation": {"type": "string"},
+    "optim_args": {"type": "number"},
+    "greater_is_better": {"const": 0},
+    "wandb_watch": {"const": False},
     "kernels": {"type": "boolean"},
     "gradient_checkpointing": {"enum": ["offload", "offload_disk"]},
     "save_strategy": {"const": False},
@@ -36,20 +57,39 @@ _OTHER_FORMS: dict[str, Any] = {
 """Key -> what else may be written for it, which phase 1 reads. (YAML reads `no` as false.)"""
 
 
+_OFF = [None, False, 0, "", [], {}]
+_OLDER_FORMS: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("bfloat16", "float32", "fp16", "float16", "flash_attention", "xformers_attention"),
+            *("sdp_attention", "flex_attention", "sage_attention", "eager_attention"),
+            *all_words(),
+        ),
+        _TRUTH,
+    ),
+    "plugins": {"type": ["array", "null"]},
+    "pretraining_dataset": {"type": ["string", "object", "array", "boolean", "number", "null"]},
+    "max_packed_sequence_len": {"anyOf": [{"type": "integer"}, {"enum": _OFF}]},
+    "fsdp": {"anyOf": [{"type": ["string", "array"]}, {"enum": _OFF}]},
+}
+"""Key of READ_OTHERWISE -> its type, where it has one."""
+
+
 def json_schema() -> dict[str, Any]:
     """The schema (JSON Schema 2020-12) of a recipe file.
 
     Every key may be null, which means "not given". Axolotl's keys that are read under another name
     or have no effect are marked as deprecated; those that are refused may only be off.
     """
-    schema = Recipe.model_json_schema()
+    schema = _as_people_write(Recipe.model_json_schema())
     for model in (schema, *schema.get("$defs", {}).values()):
         for name, its in model.get("properties", {}).items():
             forms = [_OTHER_FORMS[name]] if model is schema and name in _OTHER_FORMS else []
             model["properties"][name] = _nullable(its, forms)
     entries, sharding = (schema["$defs"][name]["properties"] for name in ("Dataset", "FsdpConfig"))
-    schema["properties"] |= {"extends": _EXTENDS, **_old(WORDS), **_otherwise(READ_OTHERWISE)}
-    entries |= {**_old(DATASET_WORDS), **_otherwise(DATASET_READ_OTHERWISE)}
+    fields = schema["properties"]
+    fields |= {"extends": _EXTENDS, **_old(WORDS, fields), **_otherwise(READ_OTHERWISE)}
+    entries |= {**_old(DATASET_WORDS, entries), **_otherwise(DATASET_READ_OTHERWISE)}
     sharding |= _otherwise(dict.fromkeys(OLD_OPTIONS, "of FSDP1, which FSDP2 stands in for"))
     sharding |= {f"fsdp_{name}": its for name, its in sharding.items()}
     return {
@@ -59,6 +99,38 @@ def json_schema() -> dict[str, Any]:
         # A key may have been given in an extended recipe.
         "required": [],
     }
+
+
+def _as_people_write(node: Any) -> Any:
+    """pydantic's schema, and the forms that it takes for numbers, texts, true and false."""
+    if isinstance(node, list):
+        return [_as_people_write(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {_BOUNDS.get(name, name): _as_people_write(its) for name, its in node.items()}
+    kind = node.get("type")
+    if not isinstance(kind, str) or "enum" in node or "const" in node:
+        return node
+    if kind == "string" and "pattern" not in node:
+        return {**node, "type": ["string", "number"]}
+    if kind not in ("number", "integer", "boolean"):
+        return node
+    quoted = {"type": "string", "pattern": _quoted(node)}
+    other = {"enum": _TRUTHS} if kind == "boolean" else quoted
+    about = {name: node.pop(name) for name in ("description", "default") if name in node}
+    return {"anyOf": [node, other], **about}
+
+
+def _quoted(node: dict[str, Any]) -> str:
+    """The pattern of a number of this type and within these bounds that is written as text."""
+    digits = {"integer": r"\d(_?\d)*(\.0*)?"}.get(node["type"], r"(\d[\d_]*\.?\d*|\.\d+)")
+    power = "" if node["type"] == "integer" else r"([eE][+-]?\d+)?"
+    if 1 in (node.get("maximum"), node.get("exclusiveMaximum")):
+        one = r"|0*1(\.0*)?" if node.get("maximum") == 1 else ""
+        digits, power = rf"(0*\.\d+|0+\.?{one})", r"([eE]-\d+)?"
+    above_0 = node.get("minimum", 0) == 1 or node.get("exclusiveMinimum") == 0
+    sign = r"\+?" if above_0 or "minimum" in node else r"[+-]?"
+    return rf"^\s*{sign}{'(?=[^eE]*[1-9])' if above_0 else ''}{digits}{power}\s*$"
 
 
 def _nullable(schema: dict[str, Any], forms: list[Any]) -> dict[str, Any]:
@@ -75,21 +147,26 @@ _ENVIRONMENT = {"type": "string", "pattern": r"^\$\{[A-Za-z_]\w*(:-[^}]*)?\}$"}
 """`${NAME}` stands for a value of any type."""
 
 
-def _old(words: dict[str, Word]) -> dict[str, Any]:
-    return {name: _of_word(name, word) for name, word in words.items()}
+def _old(words: dict[str, Word], fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _of_word(name, word, fields) for name, word in words.items()}
 
 
-def _of_word(name: str, word: Word) -> dict[str, Any]:
+def _of_word(name: str, word: Word, fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(word, Renamed):
-        return {"deprecated": True, "description": f"Read as `{word.to}`."}
+        about = {"deprecated": True, "description": f"Read as `{word.to}`."}
+        return {**fields.get(word.to, {}), **about}
     if isinstance(word, Ignored):
         return {"deprecated": True, "description": f"No effect: {word.why}."}
-    off = [None, False, 0, "", [], {}, *OFF.get(name, ())]
+    off = [*_OFF, *OFF.get(name, ()), *(() if name != "resume_from_checkpoint" else (True,))]
     return {"deprecated": True, "description": f"Refused: {word.why}.", "enum": off}
 
 
 def _otherwise(keys: dict[str, str]) -> dict[str, Any]:
     return {
-        name: {"deprecated": True, "description": f"Older form: {how}."}
+        name: {
+            **_OLDER_FORMS.get(name, {}),
+            "deprecated": True,
+            "description": f"Older form: {how}.",
+        }
         for name, how in keys.items()
     }

@@ -47,18 +47,17 @@ def _ray(draft: Draft) -> None:
     wanted = draft.data.pop("use_ray", None)
     if wanted:
         draft.set(("launcher",), "ray", "`use_ray` is said so here")
-    if draft.data.get("launcher") == "ray":
-        return
-    for key in ("ray_num_workers", "resources_per_worker"):
-        if draft.data.pop(key, None) is not None:
-            draft.ignore(key, "it is for `launcher: ray`")
 
 
 def _by_fsdp(draft: Draft) -> None:
-    """Tensor and expert parallelism divide weights over processes; here FSDP does, by layers. The
-    result is the same, and each process holds as small a part of the weights."""
-    for key in ("tensor_parallel_size", "expert_parallel_size"):
-        size = draft.data.pop(key, None)
+    """Expert parallelism, and tensor parallelism beside FSDP, divide weights over processes; here
+    FSDP does, by layers. The result is the same, and each process holds as small a part of them."""
+    for key in ("expert_parallel_size", "tensor_parallel_size"):
+        size = draft.data.get(key)
+        alone = not (_has_fsdp(draft) or draft.data.get("deepspeed"))
+        if size and key == "tensor_parallel_size" and alone:
+            return  # a field
+        draft.data.pop(key, None)
         if not size or size == 1:
             continue
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -73,13 +72,17 @@ def _by_fsdp(draft: Draft) -> None:
 def _more_shards(draft: Draft, key: str, size: int) -> None:
     why = "FSDP2 divides weights over as many processes, with the same result"
     draft.notices.append(Notice("renamed", (key,), why, "fsdp_config"))
-    if not draft.data.get("fsdp") and not isinstance(draft.data.get("fsdp_config"), dict):
+    if not _has_fsdp(draft):
         draft.data["fsdp_config"], draft.data["fsdp_version"] = {}, 2
     shards = draft.data.get("dp_shard_size")
     if isinstance(shards, int) and not isinstance(shards, bool) and shards > 1:
         draft.set(("dp_shard_size",), shards * size, f"`{key}` divides weights {size} times more")
     elif shards == 1:
         del draft.data["dp_shard_size"]
+
+
+def _has_fsdp(draft: Draft) -> bool:
+    return bool(draft.data.get("fsdp")) or isinstance(draft.data.get("fsdp_config"), dict)
 
 
 def _fsdp(draft: Draft) -> None:

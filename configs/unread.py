@@ -59,6 +59,9 @@ def reads_conversations(recipe: Recipe, entry: Dataset) -> bool:
 def keys_of_conversations(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
     """What decides how conversations are rendered needs a dataset of conversations."""
     entries = (*recipe.datasets, *recipe.test_datasets)
+    if recipe.tokenizer_use_mistral_common:
+        for key in said(recipe, given, "eot_tokens", "chat_template_kwargs"):
+            yield key, "mistral-common writes each conversation in its own way"
     if any(reads_conversations(recipe, entry) for entry in entries):
         return
     why = "no dataset holds conversations (`type: chat_template`)"
@@ -202,6 +205,13 @@ def _of_fsdp(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
         yield "fsdp_config.mixed_precision_policy", "weights travel in the type they are held in"
 
 
+def keys_of_ray(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
+    """What Ray reserves, where it starts nothing."""
+    if recipe.launcher != "ray":
+        for key in said(recipe, given, "ray_num_workers", "resources_per_worker"):
+            yield key, "it is for `launcher: ray`"
+
+
 def keys_of_reporters(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
     """What is said of a reporter that is off."""
     asked = {name.partition("_")[0] for name in recipe.reporters}
@@ -253,6 +263,7 @@ _FINDS: tuple[Find, ...] = (
     keys_of_adapters,
     keys_of_optimizers,
     keys_of_memory,
+    keys_of_ray,
     keys_of_reporters,
     classes_by_name,
     epochs_beside_steps,

@@ -73,6 +73,7 @@ _IGNORED = {
         layer_offloading low_cpu_mem_usage
         gc_steps torch_empty_cache_steps gc_collect_steps lora_on_cpu dataset_keep_in_memory
         embeddings_skip_upcast""",
+    "FSDP sends weights in the type they are held in": "fp8_enable_fsdp_float8_all_gather",
     "FSDP divides experts as it does all weights": """
         expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
         expert_parallel_token_capacity expert_parallel_fallback_on_unsupported""",
@@ -153,7 +154,6 @@ _REFUSED: dict[tuple[str, str], str] = {
         nvfp4_merge_aware nvfp4_merge_aware_start_step""",
     (_NOT_YET.format("quantization-aware training or quantizing afterwards"), "Remove it"): """
         qat quantization llmcompressor""",
-    (_NOT_YET.format("fp8 training"), "Use `bf16: true`"): "fp8 fp8_enable_fsdp_float8_all_gather",
     (_NOT_YET.format("keeping norms in float32 under FSDP"), "Remove it"): """
         fp32_norms fp32_norm_classes""",
     (_NOT_YET.format("this choice of trained weights"), "Use `unfrozen_parameters`"): """
@@ -236,7 +236,7 @@ READ_OTHERWISE: dict[str, str] = {
         "{output_router_logits, router_aux_loss_coef} are keys here; others are refused",
     ),
     "use_ray": "read as `launcher: ray`",
-    "tensor_parallel_size": "read as `fsdp_config`, with as many more shards",
+    "tensor_parallel_size": "beside `fsdp_config`, read as that, with as many more shards",
     "expert_parallel_size": "read as `fsdp_config`, with as many more shards",
     "eval_causal_lm_metrics": "[perplexity], which is always taken; others are refused",
     "do_causal_lm_eval": "accepted beside `eval_causal_lm_metrics: [perplexity]`",

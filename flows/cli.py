@@ -53,6 +53,7 @@ def _prompt(parser: argparse.ArgumentParser) -> None:
 def _artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do), or a recipe")
     parser.add_argument("--picture", metavar="FILE", help="draw it: FILE.svg, .png or .html")
+    _of_store(parser)
 
 
 def _deployment(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +73,17 @@ def _deployment(parser: argparse.ArgumentParser) -> None:
 def _two(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", help="key of an artifact (its first digits do)")
     parser.add_argument("second", help="key of another")
+    _of_store(parser)
 
 
 def _again(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="key of an artifact (its first digits do)")
     parser.add_argument("--keep", action="store_true", help="keep the files that were made again")
+    _of_store(parser)
+
+
+def _of_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", help="root URL; default: REGROW_STORE, else the local one")
 
 
 def _store_options(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +137,7 @@ def _status(args: argparse.Namespace, overrides: list[str]) -> int:
 def _lineage(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.commands import show_lineage
 
-    return show_lineage(args.artifact, overrides, args.picture)
+    return show_lineage(args.artifact, overrides, args.picture, args.store)
 
 
 def _deploy(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -142,13 +149,13 @@ def _deploy(args: argparse.Namespace, overrides: list[str]) -> int:
 def _diff(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.diff import show_diff
 
-    return show_diff(args.first, args.second)
+    return show_diff(args.first, args.second, args.store)
 
 
 def _reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     from regrow.flows.reproduce import reproduce
 
-    return reproduce(args.artifact, args.keep)
+    return reproduce(args.artifact, args.keep, args.store)
 
 
 def _store(args: argparse.Namespace, overrides: list[str]) -> int:

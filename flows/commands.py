@@ -125,11 +125,14 @@ def show_status(recipe: str, overrides: Sequence[str]) -> int:
 
 
 @explains
-def show_lineage(artifact: str, overrides: Sequence[str], picture: str | None = None) -> int:
+def show_lineage(
+    artifact: str, overrides: Sequence[str], picture: str | None = None, store: str | None = None
+) -> int:
     """Print the tree of what an artifact, or the last stage of a recipe, was made from.
 
     Args:
         picture: a file to draw it into: SVG, PNG or HTML, by its ending.
+        store: root URL, where it is not the one of the environment or the recipe.
     """
     from regrow.tasks import lineage
 
@@ -138,7 +141,7 @@ def show_lineage(artifact: str, overrides: Sequence[str], picture: str | None = 
         ready = [r for s in plan.stages if (r := workplace.artifacts.lookup(stage_key(s)))]
         record = ready[-1] if ready else None
     else:
-        workplace = Workplace(load_settings())
+        workplace = Workplace(load_settings(), store)
         record = workplace.record(artifact)
     if record is None:
         raise StageError(

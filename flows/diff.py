@@ -16,9 +16,9 @@ from regrow.tasks.headline import headline_of
 
 
 @explains
-def show_diff(one: str, other: str) -> int:
+def show_diff(one: str, other: str, store: str | None = None) -> int:
     """Print what differs, stage by stage; 0 whether or not anything does."""
-    place = Workplace(load_settings())
+    place = Workplace(load_settings(), store)
     first, second = (_history(place, key) for key in (one, other))
     lines = list(_lines(first, second))
     say("\n".join(lines) if lines else "nothing differs: they are one artifact")

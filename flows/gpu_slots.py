@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 
 from regrow.infra.settings import load_settings
-from regrow.tasks.stage import Stage
+from regrow.tasks.stage import Stage, StageError
 
 LIMIT = "regrow-gpus"
 """Name of Prefect's global concurrency limit; where it does not exist nothing is limited."""
@@ -17,13 +19,32 @@ _LEASE_SECONDS = 60
 
 @contextmanager
 def gpus_of(stage: Stage) -> Iterator[None]:
-    """Hold as many slots as the stage uses GPUs; waits until they are free."""
+    """Hold as many slots as the stage uses GPUs; waits until they are free.
+
+    Raises:
+        StageError: when there are fewer in all, which no waiting would change.
+    """
     wanted = _wanted(stage)
     if not wanted or load_settings().prefect_api_url is None:
         yield
         return
+    _require(wanted)
     with concurrency(LIMIT, occupy=wanted, lease_duration=_LEASE_SECONDS, strict=False):
         yield
+
+
+def _require(wanted: int) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            return
+    if limit.active and wanted > limit.limit:
+        raise StageError(
+            f"num_processes: this stage uses {wanted} GPUs, and all runs of this Prefect server "
+            f"together have {limit.limit} (concurrency limit {LIMIT}); lower num_processes, or "
+            "raise the limit (`regrow deploy --gpus N`)"
+        )
 
 
 def _wanted(stage: Stage) -> int:

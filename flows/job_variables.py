@@ -50,6 +50,10 @@ A_LOOK = {"gpus": 0, "cpu": "1", "memory": "2Gi"}
 """What a look at source data needs on Kubernetes: it reads some megabytes at a time."""
 
 
+# A pool without template gets its worker's, once that has started; these stand in all of Prefect's.
+_WORKERS_OWN = ("env", "image")
+
+
 @dataclass(frozen=True)
 class JobVariables:
     """What the pool's template is filled with."""
@@ -60,7 +64,7 @@ class JobVariables:
 
     def require_in(self, template: Mapping[str, Any], pool: str) -> None:
         """Raises StageError for variables that the pool would drop without a word."""
-        known = template.get("variables", {}).get("properties", {})
+        known = template["variables"]["properties"] if template else _WORKERS_OWN
         lacking = sorted(set(self.values) - set(known))
         if lacking:
             raise StageError(

@@ -35,7 +35,9 @@ def serve_pages(mlflow_port: int, prefect_port: int) -> int:
         if settings.prefect_api_url is None:
             command = ["-m", "prefect", "server", "start", "--host", _HOST]
             command += ["--port", str(prefect_port)]
-            servers.append(_start("Prefect", f"http://{_HOST}:{prefect_port}", command))
+            url = f"http://{_HOST}:{prefect_port}"
+            # Its pages would ask at Prefect's usual port, whichever they are served on.
+            servers.append(_start("Prefect", url, command, PREFECT_SERVER_UI_API_URL=f"{url}/api"))
         for name, url, process in servers:
             _wait(name, url, process)
         for name, remote in (
@@ -56,9 +58,11 @@ def serve_pages(mlflow_port: int, prefect_port: int) -> int:
     return 1 if servers else 0
 
 
-def _start(name: str, url: str, command: list[str]) -> tuple[str, str, subprocess.Popen[str]]:
+def _start(
+    name: str, url: str, command: list[str], **settings: str
+) -> tuple[str, str, subprocess.Popen[str]]:
     # MLflow's job runner would add eight processes and 700 MB that nothing here uses (platform.md).
-    environment = child_environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    environment = child_environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **settings})
     log = (load_settings().home / f"{name.lower()}-server.log").open("w")
     process = subprocess.Popen(
         [sys.executable, *command],

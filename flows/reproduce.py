@@ -21,14 +21,15 @@ from regrow.tasks.stage import Stage, StageError, canonical
 
 
 @explains
-def reproduce(artifact: str, keep: bool) -> int:
+def reproduce(artifact: str, keep: bool, store: str | None = None) -> int:
     """Run the stage again, beside the store; 0 when every byte is the same, else 1.
 
     Args:
         keep: leave the new files where they were made, and say where.
+        store: root URL of the store; default: that of the environment.
     """
     quiet_environment()
-    place = Workplace(load_settings())
+    place = Workplace(load_settings(), store)
     record = place.one_record(artifact)
     if record.stage == "publish":
         raise StageError(

@@ -42,7 +42,9 @@ _PASSING_CLASSES = {
     *("ConnectTimeoutError", "ProxyConnectionError", "ConnectionError", "NoValidConnectionsError"),
     *("ClientPayloadError", "ClientConnectionError", "IncompleteReadError", "IncompleteRead"),
     *("ServiceRequestError", "ServiceResponseError", "IncompleteTransfer"),
+    "SSHException",  # paramiko's, of a session that broke
 }
+_LASTING_CLASSES = {"AuthenticationException", "BadHostKeyException"}  # kinds of the last one
 _PASSING_ERRNO = {
     *(errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
     *(errno.ETIMEDOUT, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH),
@@ -66,6 +68,7 @@ _ADVICE = {
     "InsufficientStorage": _NO_SPACE,
     "507": _NO_SPACE,
 }
+_NO_KEY = "No authentication methods available"
 _ADVICE_OF_CLASS = {
     "NoCredentialsError": (
         "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -74,6 +77,8 @@ _ADVICE_OF_CLASS = {
     "ProfileNotFound": "AWS_PROFILE names a profile that does not exist",
     "EndpointConnectionError": "nothing answers there; check the network and AWS_ENDPOINT_URL",
     "ClientAuthenticationError": "the credentials are refused; check them",
+    "AuthenticationException": "the server lets nobody in with these keys; check user and ~/.ssh",
+    "BadHostKeyException": "the server has another host key than the one known for it",
     "SSLError": "no secure connection; check the certificate and AWS_CA_BUNDLE",
 }
 
@@ -114,14 +119,20 @@ def is_passing(error: BaseException) -> bool:
     code = error_code(error)
     if code is not None:
         return code in _PASSING_CODES
-    if any(_classes(each) & _PASSING_CLASSES for each in _chain(error)):
+    kinds = set().union(*(_classes(each) for each in _chain(error)))
+    if kinds & _LASTING_CLASSES:
+        return False
+    if kinds & _PASSING_CLASSES:
         return True
     if isinstance(error, (TimeoutError, ConnectionError, EOFError)):
         return True  # the last: what paramiko says of a connection that the server closed
     status = getattr(error, "status_code", None) or getattr(error, "code", None)
     if str(status) in _PASSING_CODES:
         return True
-    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+    if not isinstance(error, OSError):
+        return False
+    # The words are paramiko's, of a connection that was lost.
+    return error.errno in _PASSING_ERRNO or str(error) == "Socket is closed"
 
 
 def error_code(error: BaseException) -> str | None:
@@ -159,7 +170,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _classes(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
+    names = {kind.__name__ for kind in type(error).__mro__}
+    # paramiko says with its general error alone that there is no key at all.
+    return names | ({"AuthenticationException"} if str(error) == _NO_KEY else set())
 
 
 def _words(error: BaseException) -> str:

@@ -44,6 +44,9 @@ _BLOCK = 8 << 20
 # What has no folders: there a name is written whole, so that no reader sees half of it. Everywhere
 # else it is written beside and renamed.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"}
+# A connection of paramiko's answers one thread at a time: two that ask at once wait for ever.
+_ONE_THREAD = {"sftp", "ssh"}
+_WITH_HOST = {"sftp", "ssh", "ftp", "smb"}
 # Servers that may know neither a file's size nor how to give a part of it.
 _STREAMS = {"http", "https"}
 # How file systems call the time of a file's last change.
@@ -68,13 +71,35 @@ def is_url(path: str) -> bool:
 def _file_system(url: str) -> tuple[Any, str]:
     protocol = url.split("://", 1)[0] if is_url(url) else "file"
     try:
-        fs, path = fsspec.core.url_to_fs(url, **_options(protocol))
+        if protocol not in _ONE_THREAD:
+            return fsspec.core.url_to_fs(url, **_options(protocol))
+        _, path = patiently(url, lambda: _connected(url))
+        return _OfThisThread(url), path
     except ImportError as error:
         extra = _EXTRA_OF_PROTOCOL.get(protocol)
         remedy = f"pip install 'regrow[{extra}]'" if extra else str(error)
         raise StoreError(f"{url}: no driver for {protocol}:// is installed; {remedy}") from error
     except ValueError as error:
-        raise StoreError(f"{url}: {error}") from error
+        raise error if isinstance(error, StoreError) else StoreError(f"{url}: {error}") from error
+
+
+class _OfThisThread:
+    """A file system whose connection belongs to the thread that asks: fsspec keeps one for each."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_connected(self._url)[0], name)
+
+
+def _connected(url: str) -> tuple[Any, str]:
+    """This thread's file system, connected anew where its connection was lost."""
+    fs, path = fsspec.core.url_to_fs(url)
+    transport = fs.client.get_transport()
+    if transport is None or not transport.is_active():
+        fs.clear_instance_cache()  # the others of this process connect again too, one by one
+        fs, path = fsspec.core.url_to_fs(url)
     return fs, path
 
 
@@ -104,6 +129,9 @@ def expand(pattern: str) -> list[str]:
     found = _asked(fs, pattern, lambda: _found(fs, path))
     if _is_local(fs):
         return sorted(found)
+    protocol, _, rest = pattern.partition("://")
+    if protocol in _WITH_HOST:  # of which their names do not tell
+        return sorted(f"{protocol}://{rest.partition('/')[0]}{name}" for name in found)
     return sorted(fs.unstrip_protocol(name) for name in found)
 
 
@@ -239,9 +267,16 @@ class Store:
         self._fs.mv(temporary, path)
 
     def _make_folder_of(self, path: str) -> None:
-        # Two at once may both find it missing; the slower one then finds it made.
-        with contextlib.suppress(FileExistsError):
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        folder = path.rpartition("/")[0]
+        for left in reversed(range(folder.count("/") + 1)):
+            try:
+                self._fs.makedirs(folder, exist_ok=True)
+                return
+            except OSError:  # others may have made it, or one above it, at this moment
+                if self._fs.isdir(folder):
+                    return
+                if not left:
+                    raise
 
     def create(self, name: str, data: bytes) -> bool:
         """Write only if `name` does not exist; True when what is there is `data`.

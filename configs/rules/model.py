@@ -72,7 +72,6 @@ def random_weights_are_trained_themselves(
     "datasets",
     "test_datasets",
     "train_on_inputs",
-    "eot_tokens",
 )
 def mistral_common_writes_all_itself(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """It knows one way of writing conversations, and a vocabulary that does not change."""
@@ -84,8 +83,6 @@ def mistral_common_writes_all_itself(recipe: Recipe, given: frozenset[str]) -> I
         yield (key,), why, "Use one of the two"
     if recipe.tokens:
         yield ("tokens",), why, "Use one of the two"
-    if recipe.eot_tokens not in ((), ("</s>",)):
-        yield ("eot_tokens",), "with mistral-common it is `</s>`", "Remove it"
     if recipe.special_tokens != SpecialTokens():
         yield ("special_tokens",), why, "Use one of the two"
     if recipe.train_on_inputs:
@@ -98,7 +95,15 @@ def mistral_common_writes_all_itself(recipe: Recipe, given: frozenset[str]) -> I
                 yield (name, number, "type"), why, "Use chat_template"
 
 
+@rule("fp8", "adapter")
+def float8_is_for_whole_weights(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """torchao's layers train the weights they multiply by."""
+    if recipe.fp8 and recipe.uses_adapter:
+        yield ("fp8",), "adapters multiply in `bf16`", "Remove it, or `adapter`"
+
+
 RULES = (
+    float8_is_for_whole_weights,
     mistral_common_writes_all_itself,
     random_weights_are_trained_themselves,
     routers_have_gradients,

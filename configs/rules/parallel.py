@@ -122,7 +122,23 @@ _PLAIN_TENSORS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_tor
 """Optimizers that Axolotl refuses with FSDP2, and torchao's that stand in for them."""
 
 
+@rule("tensor_parallel_size", "context_parallel_size", "load_in_4bit", "num_processes")
+def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Tensor parallelism makes one copy over all processes, of a base that is not quantized."""
+    size, local, key = recipe.tensor_parallel_size, recipe.num_processes, ("tensor_parallel_size",)
+    if size == 1:
+        return
+    if recipe.context_parallel_size > 1:
+        yield key, "its processes cannot share rows too", "Remove `context_parallel_size`"
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        yield key, "a quantized base cannot be divided", "Remove it: each process then has a copy"
+    if local is not None and size % local:
+        why = f"it must be the number of all processes, of which a machine has {local}"
+        yield key, why, f"Use {local}, or `fsdp_config` to divide the model otherwise"
+
+
 RULES = (
+    divided_layers_are_whole_copies,
     one_way_of_sharding,
     deepspeed_says_only_where,
     deepspeed_is_a_configuration,

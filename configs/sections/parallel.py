@@ -101,6 +101,12 @@ class ParallelSection(Section):
     attention reaches the others' keys, so that rows may be as many times longer. Examples packed
     into a row stay apart, and the loss is the same. With DDP, FSDP2 and DeepSpeed. Default 1."""
 
+    tensor_parallel_size: Count = 1
+    """Processes that each hold a part of every layer and compute it together, on GPUs: all
+    processes of the training (tensor parallelism, by Transformers' plan for the architecture). For
+    full training and LoRA on a base that is not quantized; our kernels are off. Beside
+    `fsdp_config`, FSDP2 divides over as many more processes instead. Default 1."""
+
     time_limit: Positive | None = None
     """Minutes after which training saves a checkpoint and ends; the next run goes on from there.
     Default: none."""

@@ -60,7 +60,10 @@ Fraction = Annotated[float, _NotBool, Field(ge=0, lt=1)]
 Ratio = Annotated[float, _NotBool, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-_TEXTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+# The pattern, of any text, keeps `configs/schema.py` from taking a number for the text.
+_TEXTS_SCHEMA = {
+    "anyOf": [{"type": "string", "pattern": ""}, {"type": "array", "items": {"type": "string"}}]
+}
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), WithJsonSchema(_TEXTS_SCHEMA)]
 """A list of texts; one text alone is a list of one."""

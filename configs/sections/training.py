@@ -232,6 +232,10 @@ class TrainingSection(Section):
     """Compute in bfloat16; false: float32. `auto` and `full` mean true, on every machine. Default
     `auto`, Axolotl's."""
 
+    fp8: bool = False
+    """Linear layers multiply in 8-bit floats (torchao, one scale for each tensor), on GPUs that
+    have them; without `adapter`. Weights and sums stay as with `bf16`. Default false."""
+
     tf32: Literal["auto"] | bool = "auto"
     """Let float32 matrix products use TF32 where the GPU has it; `auto` means true. Default `auto`,
     Axolotl's."""

@@ -2,8 +2,8 @@
 
 Counted from what Transformers' layers, PEFT's LoRA layers and our kernels save under bfloat16
 autocast with the packed attention; `tests/tasks/forecast/test_activations.py` compares with the
-tensors that the autograd graphs of real layers hold. Where a model is trained whole, its residual
-stream is float32 (the embedding's type); under an adapter it is bfloat16, as the frozen base.
+tensors that the autograd graphs of real layers hold. The residual stream is bfloat16, as the
+worker lets the embedding follow autocast.
 """
 
 from __future__ import annotations
@@ -71,11 +71,6 @@ class Layer:
         """Whether the model's own weights are not trained."""
         return self.trainable.has_adapter
 
-    @property
-    def stream(self) -> int:
-        """Bytes of an element of the residual stream."""
-        return HALF if self.frozen else FULL
-
     def linear(self, *names: str) -> list[Weight]:
         """The linear layers of these names."""
         return [w for w in self.weights if w.kind == "linear" and w.module.endswith(names)]
@@ -92,28 +87,21 @@ def layer_bytes(layer: Layer) -> float:
 
 def stream_bytes(layer: Layer) -> int:
     """Bytes a token of the residual stream: what a checkpointed layer keeps."""
-    return layer.stream * layer.shape.hidden
+    return HALF * layer.shape.hidden
 
 
 # ---- norms ----
 
 
 def _norms(layer: Layer) -> int:
-    names = layer.shape.family.norms
-    # They read the residual stream; in the other arrangements some read what a block gave.
-    before = {"input_layernorm"}
-    before.add("pre_feedforward_layernorm" if len(names) == 4 else "post_attention_layernorm")
-    if "input_layernorm" not in names:
-        before = set()
-    inputs = [layer.stream if name in before else HALF for name in names]
-    return sum(_norm(layer, layer.shape.hidden, size) + FULL for size in inputs)
+    return len(layer.shape.family.norms) * (norm_bytes(layer, layer.shape.hidden) + FULL)
 
 
-def _norm(layer: Layer, width: int, input_size: int) -> int:
+def norm_bytes(layer: Layer, width: int) -> int:
     """What it reads, and in full training what its own weight is multiplied with."""
     if "rms_norm" in layer.compute.kernels:
-        return width * (input_size if layer.frozen else FULL)
-    return width * (FULL if layer.frozen else 2 * FULL)
+        return width * HALF
+    return width * (FULL if layer.frozen else FULL + HALF)
 
 
 # ---- attention ----
@@ -180,7 +168,7 @@ def _head_norms(layer: Layer, width: int, fused: bool) -> int:
 def _latent(layer: Layer) -> int:
     """Latent attention: the low-rank inputs with their norms."""
     ups = layer.linear("q_b_proj", "kv_b_proj")
-    return sum(_norm(layer, w.shape[1], HALF) + _inputs(layer, [w], False, "new") for w in ups)
+    return sum(norm_bytes(layer, w.shape[1]) + _inputs(layer, [w], False, "new") for w in ups)
 
 
 # ---- linear layers ----

@@ -122,12 +122,33 @@ def _static(setting: Setting) -> dict[str, float]:
         zero = division.way.startswith("zero")
         size = setting.dtype_bytes if zero else FULL
         parts["adapter"] = size * (trainable.adapter + trainable.whole) * held
+    if _keeps_rounded(setting):
+        parts["rounded weights"] = HALF * sum(w.numel for w in _fused_weights(setting))
     optimizer = state_bytes(setting.optimizer, _trained_tensors(setting))
     if division.way.startswith("zero") and setting.dtype_bytes == HALF:
         optimizer += 2 * FULL * trainable.total  # float32 weights, and gradients for the step
     kept = 0.0 if division.offloads_optimizer else division.share("optimizer")
     parts["optimizer"] = optimizer * kept
     return parts
+
+
+def _keeps_rounded(setting: Setting) -> bool:
+    """Whether float32 weights have a copy in bfloat16 for the kernels' products."""
+    whole = not setting.frozen and setting.dtype_bytes == HALF
+    return whole and setting.division.way == "ddp" and bool(setting.compute.kernels)
+
+
+_KERNEL_OF = {"attention": ".self_attn.", "mlp": ".mlp.", "cross_entropy": "lm_head"}
+
+
+def _fused_weights(setting: Setting) -> Iterator[Weight]:
+    """Matrices that the kernels multiply, the head among them."""
+    parts = [part for name, part in _KERNEL_OF.items() if name in setting.compute.kernels]
+    for weight in setting.shape.weights:
+        if weight.kind == "linear" and any(part in weight.name for part in parts):
+            yield weight
+        if weight.kind == "embedding" and setting.shape.tied and "lm_head" in parts:
+            yield weight
 
 
 def _trained_tensors(setting: Setting) -> Iterator[tuple[tuple[int, ...], bool]]:
@@ -255,7 +276,7 @@ def host_bytes(setting: Setting) -> float:
 
 def _tables(setting: Setting) -> int:
     """Bytes a token of the rotary embedding's cosines and sines, made once for all layers."""
-    return 2 * setting.shape.attention.head_size * (HALF if setting.frozen else FULL)
+    return 2 * setting.shape.attention.head_size * HALF
 
 
 def _keeps_all(setting: Setting) -> bool:
@@ -269,8 +290,7 @@ def _weight_casts(setting: Setting) -> float:
         return 0.0
     if setting.division.way.startswith("zero"):
         return 0.0
-    parts = {"attention": ".self_attn.", "mlp": ".mlp.", "cross_entropy": "lm_head"}
-    without = tuple(part for name, part in parts.items() if name in setting.compute.kernels)
+    without = tuple(part for name, part in _KERNEL_OF.items() if name in setting.compute.kernels)
     matrices = [w for w in setting.shape.weights if w.kind in ("linear", "experts")]
     total = sum(w.numel for w in matrices if not any(part in w.name for part in without))
     if setting.shape.tied and "lm_head" not in without:
@@ -280,12 +300,11 @@ def _weight_casts(setting: Setting) -> float:
 
 def _ends(setting: Setting) -> int:
     """Bytes a token that the last norm keeps and gives, and the head's input."""
-    hidden, frozen = setting.shape.hidden, setting.frozen
-    if "cross_entropy" in setting.compute.kernels and "rms_norm" in setting.compute.kernels:
-        return hidden * (2 * HALF if frozen else 2 * FULL + HALF)
-    norm = FULL if "rms_norm" in setting.compute.kernels or frozen else 2 * FULL
-    head = 0 if frozen or "cross_entropy" in setting.compute.kernels else HALF
-    return hidden * (norm + head)
+    hidden, fused = setting.shape.hidden, "rms_norm" in setting.compute.kernels
+    norm = HALF if fused else FULL if setting.frozen else FULL + HALF
+    result = HALF if setting.frozen or fused else FULL
+    head = 0 if setting.frozen or fused else HALF
+    return hidden * (norm + result + head)
 
 
 def _late_gradients(setting: Setting) -> float:
@@ -321,7 +340,8 @@ def loss_bytes(setting: Setting) -> float:
     kept = rows + max(chunk_bytes(shape.vocabulary, tokens, labelled), HALF * shape.hidden * tokens)
     if setting.frozen and not setting.trainable.whole:
         return kept
-    return kept + (FULL + HALF) * shape.vocabulary * shape.hidden
+    rounded = 0 if _keeps_rounded(setting) else HALF
+    return kept + (FULL + rounded) * shape.vocabulary * shape.hidden
 
 
 def chunk_bytes(vocabulary: int, tokens: int, labelled: float) -> float:

@@ -10,12 +10,19 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from regrow.tasks.modeling import attention as packed
+from regrow.tasks.modeling import side_by_side
 from regrow.tasks.modeling.quantization import Quantization, require_package
 from regrow.tasks.stage import StageError
 
@@ -27,6 +34,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # What the packed attention keeps apart by example. Other layer types (linear attention, state
 # spaces, chunked attention) carry state over the border between examples.
 _SEPARABLE_LAYERS = {"full_attention", "sliding_attention"}
+_STATEFUL = ("attention_chunk_size", "mamba_d_conv", "mamba_d_state", "ssm_state_size")
+"""Numbers in the configuration of models that have such layers and do not list them."""
 
 
 def load_model(
@@ -56,7 +65,7 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()  # stages tell how far they are in their own way
     directory = _model_directory(path)
-    config = _usable_config(directory, attention, trust_remote_code)
+    config, runs = _usable_config(directory, trust_remote_code, attention)
     quantized = quantization.config() if quantization else _stored_quantization(config, directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,7 +74,7 @@ def load_model(
             **({"quantization_config": quantized} if quantized else {}),
             **_divided(tensor_parallel_size),
             dtype=DTYPES[dtype],
-            attn_implementation=attention,
+            attn_implementation=runs,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -74,7 +83,7 @@ def load_model(
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
     _check_weights(report, directory)
-    _check_replaceable(model, attention, directory)
+    _settle(model, attention, runs, directory)
     if quantized:
         _keep_gradients(model)
     return model
@@ -97,17 +106,17 @@ def random_model(
         StageError: as `load_model`.
     """
     directory = _model_directory(path)
-    config = _usable_config(directory, attention, trust_remote_code)
+    config, runs = _usable_config(directory, trust_remote_code, attention)
     transformers.set_seed(seed)
     model = AutoModelForCausalLM.from_config(
         config,
         dtype=torch.float32,
-        attn_implementation=attention,
+        attn_implementation=runs,
         trust_remote_code=trust_remote_code,
     )
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    _check_replaceable(model, attention, directory)
+    _settle(model, attention, runs, directory)
     return model
 
 
@@ -127,20 +136,20 @@ def empty_model(
         StageError: as `load_model`.
     """
     directory = _model_directory(path)
-    config = _usable_config(directory, attention, trust_remote_code)
+    config, runs = _usable_config(directory, trust_remote_code, attention)
     if vocabulary is not None:
         config.get_text_config().vocab_size = vocabulary
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=runs,
             trust_remote_code=trust_remote_code,
         )
     model.tie_weights()  # the empty parameters were made one by one
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    _check_replaceable(model, attention, directory)
+    _settle(model, attention, runs, directory)
     return model
 
 
@@ -152,12 +161,32 @@ def _divided(tensor_parallel_size: int) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
 
 
-def _usable_config(directory: Path, attention: str, trust_remote_code: bool) -> Any:
+def _usable_config(directory: Path, trust_remote_code: bool, attention: str) -> tuple[Any, str]:
+    """The configuration, and the attention that computes what `attention` asks for."""
     config = _load_config(directory, trust_remote_code)
-    if attention == packed.NAME:
-        packed.register()
-        _check_separable(config, directory)
-    return config
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    plain = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
+    if attention != packed.NAME:
+        return config, plain if attention == "sdpa" else attention
+    packed.register()
+    others = _inseparable_layers(config)
+    if not others and plain == "sdpa":
+        return config, attention
+    logger.info(
+        "%s: examples are padded and computed side by side, with the attention %s, since the model "
+        "has %s",
+        directory.name,
+        plain,
+        ", ".join(others) or "an attention of its own kind",
+    )
+    return config, plain
+
+
+def _settle(model: PreTrainedModel, wanted: str, runs: str, directory: Path) -> None:
+    """Packed examples are kept apart, one way or the other."""
+    if wanted == packed.NAME != runs:
+        side_by_side.attach(model)
+    _check_replaceable(model, runs, directory)
 
 
 def _check_replaceable(model: PreTrainedModel, attention: str, directory: Path) -> None:
@@ -259,16 +288,11 @@ def _load_config(directory: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _check_separable(config: Any, directory: Path) -> None:
+def _inseparable_layers(config: Any) -> list[str]:
     text = config.get_text_config()
     others = {str(layer) for layer in getattr(text, "layer_types", None) or ()} - _SEPARABLE_LAYERS
-    if getattr(text, "attention_chunk_size", None):
-        others.add("chunked_attention")
-    if others:
-        raise StageError(
-            f"the model in {directory} has layers of type {', '.join(sorted(others))}, which would "
-            "carry state from one packed example into the next; Regrow cannot train it yet"
-        )
+    others |= {name for name in _STATEFUL if getattr(text, name, None)}
+    return sorted(others)
 
 
 def _check_weights(report: dict[str, Any], directory: Path) -> None:

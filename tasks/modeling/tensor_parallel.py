@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from regrow.tasks.stage import StageError
 
+_SUMMED = "replicated_with_grad_allreduce"
+
 
 def check_adapter(init: bool | str, dora: bool, trained_whole: bool) -> None:
     """Raises StageError for adapters that need whole layers, of which no process has one.
@@ -32,6 +34,24 @@ def check_adapter(init: bool | str, dora: bool, trained_whole: bool) -> None:
         raise StageError(
             "tensor_parallel_size: lora_modules_to_save and peft_trainable_token_indices copy whole "
             "layers; train without them, or use `fsdp_config`"
+        )
+
+
+def check_accumulation(model: Any) -> None:
+    """Raises StageError for a model whose gradients Transformers would sum too often.
+
+    The norms of heads lie whole on every process, which sees its own heads alone. Transformers 5.23
+    (`ReplicatedWithGradAllReduce`) sums their gradients over the processes after each micro-batch,
+    those of earlier ones once more each time.
+    """
+    norms = [name for name, style in model.tp_plan.items() if style == _SUMMED]
+    ends = tuple(name.rpartition(".")[2] for name in norms)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    if any(name.split(".")[-2] in ends for name in trained if name.count(".")):
+        raise StageError(
+            f"tensor_parallel_size: {', '.join(sorted(set(ends)))} of this architecture can be "
+            "trained so with one micro-batch a step only: raise micro_batch_size to the global "
+            "batch, train an adapter, or use `fsdp_config`"
         )
 
 

@@ -20,6 +20,7 @@ from regrow.tasks.modeling.first_values import (
     initialise_from_data,
     keep_first_values,
 )
+from regrow.tasks.modeling.float8 import multiply_in_float8
 from regrow.tasks.modeling.freezing import train_only
 from regrow.tasks.modeling.kernels import (
     WITH_ADAPTERS,
@@ -96,6 +97,10 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
             keep_first_values(trained, first_values)
     elif spec.unfrozen:
         partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
+    if spec.fp8:
+        logger.info(
+            "%d linear layers multiply in float8", multiply_in_float8(trained, job.placement.device)
+        )
     if spec.neftune_noise_alpha:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
     rounds = Rounds(trained, DTYPES[spec.dtype]) if spec.relora else None

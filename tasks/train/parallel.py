@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
@@ -16,6 +17,7 @@ from transformers.integrations.deepspeed import (
 
 from regrow.infra.launch import world_size
 from regrow.tasks.modeling.context_parallel import ContextGroup, check_divides
+from regrow.tasks.modeling.tensor_parallel import check_accumulation
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.order import choose_split
 from regrow.tasks.train.sharding import Sharding
@@ -30,7 +32,7 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
     """
     sharding, processes = placement.sharding, world_size()
     check_divides(processes, sharding.context_parallel_size)
-    _check_tensor_parallel(spec, sharding, processes)
+    _check_tensor_parallel(spec, placement, processes)
     groups = processes // sharding.context_parallel_size // sharding.tensor_parallel_size
     split = choose_split(spec.global_batch_size, placement.micro_batch_size, groups)
     settings: dict[str, Any] = {
@@ -54,9 +56,9 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
     return settings
 
 
-def _check_tensor_parallel(spec: TrainSpec, sharding: Sharding, processes: int) -> None:
+def _check_tensor_parallel(spec: TrainSpec, placement: TrainPlacement, processes: int) -> None:
     """Raises StageError for what Transformers' tensor parallelism cannot be combined with."""
-    size = sharding.tensor_parallel_size
+    size = placement.sharding.tensor_parallel_size
     if size == 1:
         return
     if size != processes:
@@ -66,6 +68,16 @@ def _check_tensor_parallel(spec: TrainSpec, sharding: Sharding, processes: int) 
         )
     if spec.quantization is not None:
         raise StageError("tensor_parallel_size: a quantized base cannot be divided; use DDP")
+    if not _accelerate_takes_it(placement.device):
+        raise StageError(
+            "tensor_parallel_size: Accelerate's ParallelismConfig takes it on GPUs only; on the CPU "
+            "use `fsdp_config`"
+        )
+
+
+def _accelerate_takes_it(device: str) -> bool:
+    """`ParallelismConfig._validate_accelerator` refuses processes on the CPU (accelerate 1.15)."""
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _mesh(sharding: Sharding, processes: int) -> ParallelismConfig | None:
@@ -88,12 +100,15 @@ def _mesh(sharding: Sharding, processes: int) -> ParallelismConfig | None:
     return ParallelismConfig(dp_replicate_size=copies, dp_shard_size=shards)
 
 
-def share_rows(model: Any, sharding: Sharding) -> None:
+def share_rows(model: Any, sharding: Sharding, accumulation: int) -> None:
     """Let the model's attention reach the processes that share rows with this one, if any do.
 
     Raises:
-        StageError: for a model whose rows cannot be cut.
+        StageError: for a model whose rows cannot be cut, or whose layers could not be trained
+            divided with so many micro-batches in a step.
     """
+    if sharding.tensor_parallel_size > 1 and accumulation > 1:
+        check_accumulation(model)
     if sharding.context_parallel_size > 1:
         ContextGroup.of(sharding.context_parallel_size).attach(model)
 

@@ -64,6 +64,8 @@ class TrainSpec:
     """None: the weights themselves are trained."""
     quantization: Quantization | None = None
     """Of the base below an adapter; None: it is held in `dtype`."""
+    fp8: bool = False
+    """Linear layers multiply in 8-bit floats, see `regrow.tasks.modeling.float8`."""
     reinit_weights: bool = False
     """Training begins at random weights; of the base model only the architecture counts."""
     unfrozen: tuple[str, ...] = ()
@@ -134,6 +136,7 @@ class TrainSpec:
             dtype=recipe.dtype,
             adapter=AdapterSpec.from_recipe(recipe, start_adapter_digest),
             quantization=Quantization.from_recipe(recipe),
+            fp8=recipe.fp8,
             reinit_weights=recipe.reinit_weights,
             unfrozen=recipe.unfrozen_parameters,
             global_batch_size=recipe.global_batch_size,

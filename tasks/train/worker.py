@@ -96,7 +96,7 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
     with whole_model_loading(args):
         trained = build_model(job)
-    share_rows(trained.model, job.placement.sharding)
+    share_rows(trained.model, job.placement.sharding, course.split.accumulation)
     fitted = fit(job, trained.model.config, trained.kernels, course.split, args)
     recompute_layers(trained.model, fitted.policy, job.placement.use_reentrant)
     trainer = _build_trainer(job, args, course, trained, fitted, meter, rows, start, reader)

@@ -47,6 +47,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
     },
+    "small": {  # large enough that no block of 512 bytes is seen
+        "model_type": "llama",
+        "vocab_size": 16000,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
     "0.5b": {  # Qwen2.5-0.5B
         "model_type": "qwen2",
         "vocab_size": 151936,
@@ -82,6 +92,10 @@ NF4 = {
 }
 
 
+LEARNT = 0.6
+"""Share of each example's tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One training to measure."""
@@ -92,7 +106,7 @@ class Case:
     row_tokens: int
     rows: int = 1
     """Of a micro-batch."""
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     kernels: str = "auto"
     optimizer: str = "adamw_torch_fused"
     accumulation: int = 1
@@ -101,11 +115,17 @@ class Case:
     def name(self) -> str:
         """As it stands in the table."""
         words = [self.model, self.way, f"{self.rows}x{self.row_tokens}"]
-        words += ["checkpointed"] if self.checkpointing else []
+        if self.checkpointing:
+            words.append("checkpointed" if self.checkpointing is True else str(self.checkpointing))
         words += ["no kernels"] if self.kernels == "off" else []
         words += [self.optimizer] if self.optimizer != "adamw_torch_fused" else []
         words += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
         return " ".join(words)
+
+    @property
+    def policy(self) -> str:
+        """What is computed again."""
+        return {True: "full", False: "none"}.get(self.checkpointing, str(self.checkpointing))
 
     @property
     def adapter(self) -> AdapterSpec | None:
@@ -126,9 +146,20 @@ CASES = (
     Case("8b", "lora", 4096, rows=2, checkpointing=True),
     Case("8b", "lora", 4096, rows=2, checkpointing=True, kernels="off"),
     Case("8b", "lora", 32768, checkpointing=True),
+    Case("8b", "lora", 32768, checkpointing="selective"),
+    Case("8b", "lora", 131072, checkpointing="offload"),
     Case("8b", "qlora", 4096, rows=2),
     Case("8b", "qlora", 2048, checkpointing=True),
     Case("8b", "qlora", 32768, checkpointing=True),
+)
+SMALL = (
+    Case("small", "full", 4096, rows=2),
+    Case("small", "full", 8192, checkpointing=True, accumulation=2),
+    Case("small", "full", 8192, kernels="off"),
+    Case("small", "lora", 8192),
+    Case("small", "lora", 8192, checkpointing=True, kernels="off"),
+    Case("small", "lora", 16384, checkpointing="selective"),
+    Case("small", "qlora", 16384, checkpointing="offload"),
 )
 TINY = (
     Case("tiny", "lora", 64, rows=2),
@@ -158,6 +189,7 @@ def predicted(case: Case) -> Memory:
             bits=4 if case.way == "qlora" else 16,
             checkpointing=case.checkpointing,
             accumulates=case.accumulation > 1,
+            supervised=LEARNT,
         )
     )
 
@@ -194,7 +226,7 @@ def make_rows(case: Case, out: Path) -> None:
     vocabulary, random = MODELS[case.model]["vocab_size"], np.random.default_rng(0)
     length = min(512, case.row_tokens)
     examples = case.row_tokens // length
-    mask = np.tile(np.arange(length) >= 0.4 * length, examples).astype(int)
+    mask = np.tile(np.arange(length) >= (1 - LEARNT) * length, examples).astype(int)
     count = 3 * case.rows * case.accumulation
     rows = [
         {

@@ -471,6 +471,19 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "not a regular expression",
         ),
     ],
+    "divided_layers_are_whole_copies": [
+        (
+            "tensor_parallel_size: 2\ncontext_parallel_size: 2",
+            "tensor_parallel_size",
+            "share rows too",
+        ),
+        (
+            LINEAR.replace("lora", "qlora", 1) + "tensor_parallel_size: 2\nload_in_4bit: true",
+            "tensor_parallel_size",
+            "cannot be divided",
+        ),
+        ("tensor_parallel_size: 2\nnum_processes: 4", "tensor_parallel_size", "a machine has 4"),
+    ],
     "an_adapter_has_its_own_choice": [
         (LINEAR + "unfrozen_parameters: [lm_head]", "unfrozen_parameters", "base is frozen"),
     ],
@@ -512,6 +525,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             ),
         )
     ],
+    "float8_is_for_whole_weights": [(LINEAR + "fp8: true", "fp8", "adapters multiply")],
     "routers_have_gradients": [
         (
             "output_router_logits: true\ngradient_checkpointing: true\n"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 
+from regrow.configs.faults import RecipeError
+from regrow.configs.load import parse_recipe
+from regrow.configs.recipe import Recipe
 from regrow.configs.schema import json_schema
+from regrow.configs.vocabulary import READ_OTHERWISE, WORDS
 from regrow.configs.yaml_lines import parse_yaml
 from tests.configs.conftest import MINIMAL
+from tests.configs.test_vocabulary import recipe_with
 
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
@@ -41,6 +47,65 @@ def test_what_loads_fits(line):
 )
 def test_what_cannot_run_is_marked(line):
     assert errors(f"{MINIMAL}{line}\n")
+
+
+VALUES: list[Any] = [
+    *(True, False, 0, 1, 2, -1, 0.5, 1.5, 3.0, "0", "1", "2", "-1", "0.5", "1.5", " 3 ", "+3"),
+    *("x", "", "auto", "no", "yes", "off", "true", "steps", "lora", "adamw_torch", "1_000", "0x10"),
+    *([], ["x"], [1], [["x"]], [{}], {}, {"a": 1}, {"a": "b"}),
+]
+DEEPER = {"eta_min", "pretraining_dataset", "max_packed_sequence_len", "resume_from_checkpoint"}
+"""Keys whose older forms the schema tells loosely: phase 1 says what is wrong with them."""
+
+
+def is_of_type(data: dict[str, Any]) -> bool:
+    """Whether the recipe runs, or what keeps it from it are rules between keys."""
+    try:
+        parse_recipe(data)
+    except RecipeError as error:
+        return not any(
+            fault.why.startswith("expected") or fault.why == "unknown key" for fault in error.faults
+        )
+    return True
+
+
+def runs(data: dict[str, Any]) -> bool:
+    try:
+        parse_recipe(data)
+    except RecipeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("key", sorted({*Recipe.model_fields, *WORDS, *READ_OTHERWISE}))
+def test_what_runs_fits_and_what_fits_is_of_the_type(key):
+    for value in VALUES:
+        data = recipe_with("seed", 1) | {key: value}
+        fits = SCHEMA.is_valid(data)
+        assert fits or not runs(data), value
+        assert not fits or key in DEEPER or is_of_type(data), value
+
+
+@pytest.mark.parametrize(
+    ("line", "fits"),
+    [
+        ("fsdp_version: '2'", True),
+        ("fsdp_version: 2", True),
+        ("fsdp_version: 1", True),
+        ("fsdp_version: 3", False),
+        ("fsdp_config: {fsdp_offload_params: true, version: 1}", True),
+        ("lora_r: 0", False),
+        ("lora_r: -3", False),
+        ("lora_dropout: 1.0", False),
+        ("adam_beta1: 2", False),
+        ("learning_rate: 0", False),
+        ("micro_batch_size: 0", False),
+    ],
+)
+def test_bounds_and_older_forms_are_in_the_schema(line, fits):
+    key = line.partition(":")[0]
+    text = "".join(each for each in MINIMAL.splitlines(True) if not each.startswith(key))
+    assert (errors(f"{text}{line}\n") == []) is fits
 
 
 def test_every_key_has_its_meaning_at_hand():

@@ -144,6 +144,10 @@ CASES: dict[str, list[tuple[str, list[str], str]]] = {
             "held in",
         ),
     ],
+    "keys_of_ray": [
+        ("ray_num_workers: 4", ["ray_num_workers"], "it is for `launcher: ray`"),
+        ("resources_per_worker: {CPU: 2}", ["resources_per_worker"], "it is for `launcher: ray`"),
+    ],
     "keys_of_reporters": [
         ("wandb_name: x", ["wandb_name"], "no `wandb` project"),
         ("wandb_project: x\nwandb_mode: disabled", ["wandb_project"], "`wandb_mode: disabled`"),

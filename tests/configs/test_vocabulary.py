@@ -208,6 +208,8 @@ def test_refused_words_have_a_reason_and_a_remedy():
         ("gradient_checkpointing: offload_disk", "gradient_checkpointing", "offload"),
         ("save_strategy: no", "save_strategy", "no"),
         ("sequence_parallel_degree: 2", "context_parallel_size", 2),
+        ("tensor_parallel_size: 2", "tensor_parallel_size", 2),
+        ("tensor_parallel_size: 2\nexpert_parallel_size: 2", "tensor_parallel_size", 1),
         ("context_parapllel_size: 2", "context_parallel_size", 2),
     ],
 )
@@ -238,7 +240,10 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ("max_packed_sequence_len: 2048", "set sequence_len: 2048 because"),
         ("eta_min: 2e-5", "set cosine_min_lr_ratio: 0.1 because `eta_min` is 2e-05"),
         ("logging_steps: 0.2", "set logging_steps: 1 because a share of all steps"),
-        ("tensor_parallel_size: 2", "read tensor_parallel_size as fsdp_config because FSDP2"),
+        (
+            "tensor_parallel_size: 2\nfsdp_config: {}",
+            "read tensor_parallel_size as fsdp_config because FSDP2",
+        ),
         (
             "expert_parallel_size: 2\ndp_shard_size: 2\nfsdp_config: {}",
             "set dp_shard_size: 4 because `expert_parallel_size` divides weights 2 times more",

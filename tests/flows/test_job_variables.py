@@ -103,6 +103,9 @@ def test_pool_that_would_drop_a_variable_is_refused():
     with pytest.raises(StageError, match="no variable gpus, memory"):
         found.require_in(template, "cluster")
     found.require_in(base_job_template("kubernetes") or {}, "cluster")
+    with pytest.raises(StageError, match="no variable gpus, memory"):
+        found.require_in({}, "made by hand, no worker yet")
+    made("process").require_in({}, "made a moment ago")
 
 
 def test_addresses_of_services_go_along_and_their_keys_do_not():

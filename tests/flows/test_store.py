@@ -106,6 +106,16 @@ def test_diff_names_the_field(prepared):
     assert "nothing differs" in place.regrow("diff", long, long).stdout
 
 
+def test_another_store_can_be_named(copy, tmp_path):
+    place, long, short = copy
+    store = ["--store", str(tmp_path / "home" / "store")]
+    place.env["REGROW_HOME"] = str(tmp_path / "elsewhere")
+    assert place.regrow("lineage", long[:12]).returncode == 1
+    assert long[:12] in place.regrow("lineage", long[:12], *store).stdout
+    assert "sequence_len: 128 -> 64" in place.regrow("diff", long[:12], short[:12], *store).stdout
+    assert "every byte is the same" in place.regrow("reproduce", long[:12], *store).stdout
+
+
 def test_reproduce_makes_every_byte_again(prepared):
     place, long, _ = prepared
     done = place.regrow("reproduce", long[:12])

@@ -92,6 +92,7 @@ def failing(times: int, error: Exception):
         BotoConnectionError("by proxy"),
         wrapped(EndpointConnectionError("refused")),
         EOFError(),
+        OSError("Socket is closed"),
         remote.IncompleteTransfer("half"),
     ],
 )

@@ -23,7 +23,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # A loaded machine is five times slower than an idle one, where the gateway needs 13 seconds.
@@ -253,6 +253,7 @@ class SshServer:
     port: int
     home: Path
     """A home directory with the key that it lets in; paramiko looks for it in `$HOME`."""
+    pid: int = 0
 
     def url(self, path: Path) -> str:
         """A directory of this machine as that server gives it."""
@@ -300,7 +301,7 @@ def sshd() -> Iterator[SshServer]:
         process = start([server, "-D", "-e", "-f", str(conf)], folder / "log")
         try:
             _wait_for(process, folder / "log", "sshd", lambda: _listens(made.port))
-            yield made
+            yield replace(made, pid=process.pid)
         finally:
             stop(process, 1)
 

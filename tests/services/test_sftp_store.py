@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import psutil
 import pytest
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
@@ -77,7 +78,16 @@ def test_sources_and_models_below_an_sftp_url_are_read(store, tmp_path):
     ]
 
 
-def test_a_wrong_port_is_one_clear_message(ssh_server, tmp_path, monkeypatch):
+def test_store_is_used_from_many_threads_and_outlives_its_connections(store, ssh_server):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.write_bytes(f"x/{i}", b"1"), range(40)))
+        assert len(store.sizes("x")) == 40
+        for session in psutil.Process(ssh_server.pid).children(recursive=True):
+            session.kill()
+        assert list(pool.map(lambda i: store.read_bytes(f"x/{i}"), range(40))) == [b"1"] * 40
+
+
+def test_a_wrong_key_is_one_clear_message(ssh_server, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # a home without a key
-    with pytest.raises(StoreError, match="sftp://"):
+    with pytest.raises(StoreError, match=r"sftp://.*lets nobody in"):
         Store(ssh_server.url(tmp_path) + "/another").check_writable()

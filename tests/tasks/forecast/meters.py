@@ -15,6 +15,7 @@ from regrow.tasks.forecast.model_shape import ModelShape, model_shape
 from regrow.tasks.modeling import attention
 from regrow.tasks.modeling.adapter import add_adapter
 from regrow.tasks.modeling.kernels import swap_kernels
+from regrow.tasks.train.trainers.loop import follow_autocast
 
 TOKENS, SEGMENTS = 256, 4
 SMALL = {
@@ -47,6 +48,7 @@ def build(
         model = add_adapter(model, **adapter)
     if kernels:
         swap_kernels(model, kernels)
+    follow_autocast(model.get_input_embeddings())
     return model.train(), model_shape(plain)
 
 

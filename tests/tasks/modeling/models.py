@@ -75,6 +75,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:  # they start at one, or at zero
             parameter.data += torch.randn_like(parameter) * 0.2
+    model.config.use_cache = False  # as the Trainer has it; with a cache attention is not packed
     return model.to(dtype).train()
 
 
