@@ -17,6 +17,7 @@ def read_meanings(draft: Draft) -> None:
     _lowest_rate(draft)
     _whole_logging_steps(draft)
     _checkpointing(draft)
+    _no_answers(draft)
     _pushing(draft)
     _computing_type(draft)
     # What happens anyway: the newest checkpoint is gone on from, and nothing is watched.
@@ -144,6 +145,14 @@ def _way_of_checkpointing(draft: Draft, key: str, value: str) -> None:
         draft.set(("gradient_checkpointing",), value, f"`{key}` asks for it")
     elif kind != value:
         draft.ignore(key, f"`gradient_checkpointing: {kind}` says how")
+
+
+def _no_answers(draft: Draft) -> None:
+    """Answers of no tokens are no answers."""
+    length = draft.data.get("eval_max_new_tokens")
+    if length == 0 and not isinstance(length, bool) and not draft.data.get("eval_prompts"):
+        del draft.data["eval_max_new_tokens"]
+        draft.set(("eval_table_size",), 0, "`eval_max_new_tokens: 0` asks for no answers")
 
 
 def _pushing(draft: Draft) -> None:

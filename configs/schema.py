@@ -42,9 +42,8 @@ _OTHER_FORMS: dict[str, Any] = {
     "warmup_steps": _SHARE,
     "logging_steps": _SHARE,
     "deepspeed": {"anyOf": [{"type": "string"}, {"enum": [False, 0, []]}]},
-    "tokens": {"type": "object"},
+    "tokens": {"$ref": "#/$defs/SpecialTokens"},
     "fsdp_version": {"enum": [1, "1", "2"]},
-    "fsdp_config": {"enum": [False, 0, "", []]},
     "attn_implementation": {"type": "string"},
     "optim_args": {"type": "number"},
     "greater_is_better": {"const": 0},
@@ -67,6 +66,10 @@ _OLDER_FORMS: dict[str, Any] = {
         ),
         _TRUTH,
     ),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "expert_parallel_size"),
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": _OFF}]},
+    ),
     "plugins": {"type": ["array", "null"]},
     "pretraining_dataset": {"type": ["string", "object", "array", "boolean", "number", "null"]},
     "max_packed_sequence_len": {"anyOf": [{"type": "integer"}, {"enum": _OFF}]},
@@ -88,7 +91,8 @@ def json_schema() -> dict[str, Any]:
             model["properties"][name] = _nullable(its, forms)
     entries, sharding = (schema["$defs"][name]["properties"] for name in ("Dataset", "FsdpConfig"))
     fields = schema["properties"]
-    fields |= {"extends": _EXTENDS, **_old(WORDS, fields), **_otherwise(READ_OTHERWISE)}
+    older = {name: how for name, how in READ_OTHERWISE.items() if name not in fields}
+    fields |= {"extends": _EXTENDS, **_old(WORDS, fields), **_otherwise(older)}
     entries |= {**_old(DATASET_WORDS, entries), **_otherwise(DATASET_READ_OTHERWISE)}
     sharding |= _otherwise(dict.fromkeys(OLD_OPTIONS, "of FSDP1, which FSDP2 stands in for"))
     sharding |= {f"fsdp_{name}": its for name, its in sharding.items()}

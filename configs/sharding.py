@@ -58,7 +58,7 @@ def _by_fsdp(draft: Draft) -> None:
         if size and key == "tensor_parallel_size" and alone:
             return  # a field
         draft.data.pop(key, None)
-        if not size or size == 1:
+        if not size or (size == 1 and not isinstance(size, bool)):
             continue
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             draft.fault((key,), "expected a whole number", "Use `fsdp_config`", size)
@@ -92,6 +92,9 @@ def _fsdp(draft: Draft) -> None:
         return  # the check of types says it
     if not listed and not config and config != {}:
         data.pop("fsdp_config", None)
+        version = _number(data.get("fsdp_version"))
+        if version in (1, 2) and not isinstance(version, bool):
+            data["fsdp_version"] = 2  # of no effect, which is told
         return
     if config is None:
         config = data["fsdp_config"] = {}

@@ -90,7 +90,7 @@ _IGNORED = {
         profiler_steps profiler_steps_start""",
     "every report has the tokens a second": "include_tokens_per_second include_tkps",
     "prepared data is kept in the artifact store": """
-        dataset_prepared_path num_dataset_shards_to_save""",
+        dataset_prepared_path num_dataset_shards_to_save push_dataset_to_hub""",
     "every run prepares its data, and finds what is prepared already": "skip_prepare_dataset",
     "Regrow packs rows its own way, without padding": """
         sample_packing_group_size sample_packing_bin_size
@@ -148,10 +148,17 @@ _REFUSED: dict[tuple[str, str], str] = {
         "PEFT cannot merge an adapter into a base stored as GPTQ, so no model would come of it",
         "Use `adapter: qlora` on the unquantized model",
     ): "gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama",
-    (_NOT_YET.format("this kind of quantized base model"), "Use `adapter: qlora`"): """
-        use_onebitllms nonexpert_quantization dsv4_fp8_nonexpert_mode
-        dsv4_fp4_grouped_mode dsv4_bf16_all gemma4_fp8_nonexpert gemma4_nf4_nonexpert
-        nvfp4_merge_aware nvfp4_merge_aware_start_step""",
+    (
+        "Transformers trains no adapter on weights in NVFP4 or FP8, and the kernels that do need "
+        "one kind of GPU each",
+        "Use `adapter: qlora` with `quantize_moe_experts`",
+    ): """
+        nonexpert_quantization dsv4_fp8_nonexpert_mode dsv4_fp4_grouped_mode dsv4_bf16_all
+        gemma4_fp8_nonexpert gemma4_nf4_nonexpert nvfp4_merge_aware nvfp4_merge_aware_start_step""",
+    (
+        "a model of weights in 1.58 bits is another kind of result, which no later stage here reads",
+        "Remove it to train the weights in `bf16`",
+    ): "use_onebitllms",
     (_NOT_YET.format("quantization-aware training or quantizing afterwards"), "Remove it"): """
         qat quantization llmcompressor""",
     (_NOT_YET.format("keeping norms in float32 under FSDP"), "Remove it"): """
@@ -188,7 +195,6 @@ _REFUSED: dict[tuple[str, str], str] = {
         lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model""",
     (_NOT_YET.format("this way of reading chats"), "Put it into the chat template"): """
         added_tokens_overrides""",
-    ("prepared data is kept in the artifact store", "Remove it"): "push_dataset_to_hub",
     (
         "a run goes on by itself where it stopped, and cannot go on from a checkpoint of elsewhere",
         "Remove it; to begin with an adapter use `lora_model_dir`, with weights `base_model`",

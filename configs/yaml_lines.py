@@ -188,6 +188,7 @@ class _Reader:
             where = (*path, key)
             if key in own:
                 if self._says_the_same(value_node, own[key], where):
+                    own[key] = self._value(value_node, where) if own[key] is None else own[key]
                     continue
                 first = self.document.lines[where]
                 self._fault(where, key_node, f"written twice, first in line {first}", "Keep one")
@@ -197,8 +198,14 @@ class _Reader:
         return merged | own
 
     def _says_the_same(self, node: Any, value: Any, path: Path) -> bool:
-        """Whether a key that is written twice has one value both times."""
-        return isinstance(node, yaml.ScalarNode) and repr(self._value(node, path)) == repr(value)
+        """Whether a key that is written twice says one thing; an empty value before says nothing,
+        and neither does one behind what is off."""
+        if value is None:
+            return True
+        if not isinstance(node, yaml.ScalarNode):
+            return False
+        again = self._value(node, path)
+        return repr(again) == repr(value) or (again is None and not value)
 
     def _merged(self, node: Any, path: Path) -> dict[str, Any]:
         """What `<<:` brings in: a map, or several, of which the first wins."""

@@ -107,10 +107,19 @@ def _parameters(found: Forecast) -> str:
     return f"{total:,}, of which {trainable.total:,} are trained ({share:.2%})"
 
 
+_RECOMPUTING = {
+    "False": "no checkpointing",
+    "none": "no checkpointing",
+    "True": "with checkpointing",
+    "full": "with checkpointing",
+    "selective": "with selective checkpointing",
+    "offload": "with checkpoints in the host's memory",
+}
+
+
 def _total(memory: Memory, found: Forecast) -> str:
     choice = found.choice
-    again = choice.checkpointing not in (False, "none")
-    how = f"micro_batch_size {choice.micro_batch}, {'with' if again else 'no'} checkpointing"
+    how = f"micro_batch_size {choice.micro_batch}, {_RECOMPUTING[str(choice.checkpointing)]}"
     why = f" ({choice.why})" if choice.why else ""
     device = f" of {found.device.memory / GIB:.1f} on {found.device.name}" if found.device else ""
     return (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
-from regrow.infra.store import Entry, StoreError
+from regrow.infra.listing import Entry
+from regrow.infra.store import StoreError
 
 UNITS = "units"
 """What a lease's holder needs that uses units, whichever."""

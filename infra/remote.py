@@ -79,6 +79,7 @@ _ADVICE_OF_CLASS = {
     "ClientAuthenticationError": "the credentials are refused; check them",
     "AuthenticationException": "the server lets nobody in with these keys; check user and ~/.ssh",
     "BadHostKeyException": "the server has another host key than the one known for it",
+    "ParamValidationError": "that is no valid name of a bucket",
     "SSLError": "no secure connection; check the certificate and AWS_CA_BUNDLE",
 }
 

@@ -33,7 +33,12 @@ _BARE_TOKEN = re.compile(
 )
 _EMPTY = {"", "null", "none", "~", "true", "false", MASK}
 
-_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@\"']+@", re.IGNORECASE)
+# The second kind has a slash in its password, as keys of S3 often have; `host:80/a@b` has a port.
+_USERINFO = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)"
+    r"(?:[^/\s@\"']+|[^/\s@:\"']*:(?!\d+/)[^\s@\"']+)@",
+    re.IGNORECASE,
+)
 # With a digit, so that prose ("bearer certificates") stays.
 _BEARER = re.compile(r"\b(?P<kind>bearer)\s+(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE)
 _AUTHORIZATION = re.compile(

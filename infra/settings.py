@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ _CREDENTIALS = {
     "PREFECT_API_URL": ("PREFECT_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"),
 }
 
-_NO_PASSWORD = (
+NO_PASSWORD = (
     "the address holds a password, and addresses are recorded and shown. Take it out, and give it "
     "to the driver by the driver's own variables or files (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, ~/.ssh/config, ...)"
@@ -96,6 +97,7 @@ class Settings:
 def load_settings() -> Settings:
     """The settings of this process; `home` is absolute."""
     env = os.environ
+    gigabytes = _positive("REGROW_CACHE_GB", "gigabytes")
     return Settings(
         home=Path(env.get("REGROW_HOME") or env.get(HOME_OF_DEPLOYMENT) or ".regrow").absolute(),
         store_url=_without_password("REGROW_STORE"),
@@ -104,8 +106,8 @@ def load_settings() -> Settings:
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         # Three missed heartbeats of ten seconds: the margin Kubernetes leases use by default
         # (leaseDuration is several renew periods).
-        lease_seconds=_seconds("REGROW_LEASE_SECONDS", 30),
-        cache_bytes=_gigabytes("REGROW_CACHE_GB"),
+        lease_seconds=_positive("REGROW_LEASE_SECONDS", "seconds") or 30.0,
+        cache_bytes=int(gigabytes * 1e9) if gigabytes else None,
     )
 
 
@@ -122,22 +124,12 @@ def environment() -> dict[str, str]:
 def _without_password(name: str) -> str | None:
     address = os.environ.get(name) or None
     if address and split_credentials(address)[1] is not None:
-        raise SettingError(f"{name}: {_NO_PASSWORD}")
+        raise SettingError(f"{name}: {NO_PASSWORD}")
     return address
 
 
-def _seconds(name: str, default: float) -> float:
-    text = os.environ.get(name) or str(default)
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise SettingError(f"{name}: {text!r} is not a number of seconds above 0")
-    return value
-
-
-def _gigabytes(name: str) -> int | None:
+def _positive(name: str, unit: str) -> float | None:
+    """A number above 0 from a variable; None where it is not set."""
     text = os.environ.get(name)
     if not text:
         return None
@@ -145,9 +137,9 @@ def _gigabytes(name: str) -> int | None:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value > 0:
-        raise SettingError(f"{name}: {text!r} is not a number of gigabytes above 0")
-    return int(value * 1e9)
+    if not 0 < value < math.inf:
+        raise SettingError(f"{name}: {text!r} is not a number of {unit} above 0")
+    return value
 
 
 def quiet_environment(private_server: bool = False) -> None:
@@ -176,7 +168,7 @@ def _take_credentials_out_of_addresses() -> None:
             os.environ[name] = bare.replace("://", f"://{quote(given[0], safe='')}@", 1)
             os.environ.setdefault("PGPASSWORD", given[1])
         elif not address.startswith("http"):
-            raise SettingError(f"{name}: {_NO_PASSWORD}")
+            raise SettingError(f"{name}: {NO_PASSWORD}")
         elif user == password:
             os.environ[name] = bare
             os.environ.setdefault(user, ":".join(given))

@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -24,9 +23,11 @@ import fsspec
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from regrow.infra.listing import Entry, entry_of
 from regrow.infra.patient_file import PatientFile, read_range
 from regrow.infra.remote import TRIES, StoreError, error_code, patiently
-from regrow.infra.settings import s3_endpoint
+from regrow.infra.secrets import mask_secrets
+from regrow.infra.settings import NO_PASSWORD, s3_endpoint
 
 T = TypeVar("T")
 
@@ -46,11 +47,11 @@ _BLOCK = 8 << 20
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"}
 # A connection of paramiko's answers one thread at a time: two that ask at once wait for ever.
 _ONE_THREAD = {"sftp", "ssh"}
+# user:password@, where the password may have a slash, as keys of S3 have; not a port.
+_WITH_PASSWORD = re.compile(r"[^/:@]*:(?!\d+(/|$))[^@]*@")
 _WITH_HOST = {"sftp", "ssh", "ftp", "smb"}
 # Servers that may know neither a file's size nor how to give a part of it.
 _STREAMS = {"http", "https"}
-# How file systems call the time of a file's last change.
-_CHANGED = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 _EXTRA_OF_PROTOCOL = {
     "s3": "s3",
@@ -70,6 +71,8 @@ def is_url(path: str) -> bool:
 
 def _file_system(url: str) -> tuple[Any, str]:
     protocol = url.split("://", 1)[0] if is_url(url) else "file"
+    if is_url(url) and _WITH_PASSWORD.match(url.split("://", 1)[1]):
+        raise StoreError(f"{mask_secrets(url)}: {NO_PASSWORD}")
     try:
         if protocol not in _ONE_THREAD:
             return fsspec.core.url_to_fs(url, **_options(protocol))
@@ -181,27 +184,6 @@ def identity(url: str) -> tuple[int, str]:
     mark = next((info[name] for name in names if info.get(name)), "")
     size = info.get("size")
     return -1 if size is None else int(size), str(mark)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file as a listing shows it."""
-
-    size: int
-    """Bytes."""
-    changed: datetime
-    """When it was last written, by the store's clock, in UTC."""
-
-
-def _entry(info: Mapping[str, Any]) -> Entry:
-    at = next((info[name] for name in _CHANGED if info.get(name)), None)
-    if isinstance(at, (int, float)):
-        at = datetime.fromtimestamp(at, UTC)
-    elif isinstance(at, str):
-        at = datetime.fromisoformat(at)
-    # What has no time counts as new: it is for deciding what is old enough to go.
-    at = at or datetime.now(UTC)
-    return Entry(int(info["size"] or 0), at if at.tzinfo else at.replace(tzinfo=UTC))
 
 
 def _asked(fs: Any, url: str, work: Callable[[], T]) -> T:
@@ -352,7 +334,7 @@ class Store:
         """{name relative to `prefix`: size and time} of all files below it."""
         base = self.path(prefix)
         found = self._call(lambda: self._fs.find(base, detail=True))
-        return {name[len(base) + 1 :]: _entry(info) for name, info in found.items()}
+        return {name[len(base) + 1 :]: entry_of(info) for name, info in found.items()}
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the directories directly below `prefix`, sorted."""

@@ -14,7 +14,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,19 +259,17 @@ class Builder:
 
     def _open_inputs(
         self, stage: Stage, report: Reporter
-    ) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
-        paths: dict[str, Path] = {}
-        results: dict[str, Mapping[str, Any]] = {}
-        for name, source in stage.inputs.items():
-            record, paths[name] = self._open(source, report)
-            results[name] = record.result
-        return paths, results
+    ) -> tuple[Mapping[str, Path], Mapping[str, Mapping[str, Any]]]:
+        results = {
+            name: self.build(source, report).record.result for name, source in stage.inputs.items()
+        }
+        return _Inputs(stage.inputs, lambda source: self._open(source, report)), results
 
-    def _open(self, stage: Stage, report: Reporter) -> tuple[Record, Path]:
+    def _open(self, stage: Stage, report: Reporter) -> Path:
         for _ in range(_SETTLE_TRIES):
             record = self.build(stage, report).record
             try:
-                return record, self.artifacts.fetch(record)
+                return self.artifacts.fetch(record)
             except ArtifactDamaged as damage:
                 report.log(f"{stage.title}: {damage}; it is built again")
                 self.artifacts.remove(stage_key(stage))
@@ -286,6 +284,28 @@ class Builder:
         for leftover in root.glob(f"{stage.key[:16]}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return root / f"{stage.key[:16]}-{uuid.uuid4().hex[:8]}"
+
+
+class _Inputs(Mapping[str, Path]):
+    """Local directories of a stage's inputs, each brought here when the stage first asks for it."""
+
+    def __init__(self, stages: Mapping[str, Stage], fetch: Callable[[Stage], Path]) -> None:
+        self._stages, self._fetch = stages, fetch
+        self._here: dict[str, Path] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        if name not in self._here:
+            self._here[name] = self._fetch(self._stages[name])
+        return self._here[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stages
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
 
 
 class Units:

@@ -132,7 +132,7 @@ class StageJob:
 
     stage: Stage
     inputs: Mapping[str, Path]
-    """Local, verified directory of each input artifact."""
+    """Local, verified directory of each input artifact, brought here when first asked for."""
     input_results: Mapping[str, Mapping[str, Any]]
     """What each input stage returned (`record.result`)."""
     out: Path

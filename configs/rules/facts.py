@@ -103,13 +103,15 @@ def plain_weights_need_no_dequantizing(recipe: Recipe, model: ModelFacts) -> Ite
         yield Notice("ignored", ("model_quantization_config",), why)
 
 
-@of_model("base_model")
+@of_model("base_model", "context_parallel_size", "output_router_logits")
 def layers_keep_examples_apart(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
-    """Packed rows need layers that see one example at a time."""
-    others = sorted(model.mixers - _SEPARABLE)
-    if others:
-        why = f"its layers ({', '.join(others)}) would carry one packed example into the next"
-        yield ("base_model",), f"{why}, and cannot be trained here yet", "Use another model"
+    """Layers that carry one packed example into the next compute them side by side, padded."""
+    others = ", ".join(sorted(model.mixers - _SEPARABLE))
+    why = f"the model's layers ({others}) compute examples side by side, which does not go with it"
+    if others and recipe.context_parallel_size > 1:
+        yield ("context_parallel_size",), why, "Use `fsdp_config` to save memory"
+    if others and recipe.output_router_logits:
+        yield ("output_router_logits",), why, "Remove it"
 
 
 @of_model("peft_layers_to_transform")

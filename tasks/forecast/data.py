@@ -11,7 +11,7 @@ from typing import Any
 
 from regrow.tasks.prepare.folders import COMPRESSED
 from regrow.tasks.prepare.slices import Rows
-from regrow.tasks.prepare.spec import PreparePlacement, PrepareSpec
+from regrow.tasks.prepare.spec import DatasetSpec, PreparePlacement, PrepareSpec
 
 _SAMPLE_BYTES = 400_000
 _SAMPLE_ROWS = 300
@@ -51,12 +51,14 @@ def prepared_amount(result: Mapping[str, Any]) -> Amount:
 
 
 def sampled_amount(spec: PrepareSpec, placement: PreparePlacement) -> Amount | None:
-    """An estimate from the beginning of the source files; None where none can be read lightly."""
-    examples = tokens = 0.0
-    read, how = 0, "4 bytes a token"
+    """An estimate from the beginning of the source files; None where none can be read lightly.
+
+    What the sample shows is counted as the prepare stage would: examples that are refused,
+    repeated, too short or too long, one part of several, what is held back, and weights.
+    """
     encode = _encoder(Path(placement.tokenizer_path))
-    if encode is not None:
-        how = "the recipe's tokenizer"
+    how = "4 bytes a token" if encode is None else "the recipe's tokenizer"
+    parts: list[_Counted] = []
     for dataset in spec.datasets:
         if any(part.rows != Rows() for part in dataset.parts):
             return None  # how many rows a part takes needs all of them
@@ -66,20 +68,71 @@ def sampled_amount(spec: PrepareSpec, placement: PreparePlacement) -> Amount | N
             if not sample:
                 return None
             seen = sum(length for length, _ in sample)
-            share = dataset.weight * path.stat().st_size / seen
-            read += len(sample)
-            counts = [_tokens(row, encode) for _, row in sample]
-            examples += len(sample) * share
-            tokens += sum(min(count, spec.capacity) for count in counts) * share
-    if not read:
+            share = path.stat().st_size / seen
+            parts.append(_counted(spec, dataset, sample, share, encode))
+    read, examples = sum(part.read for part in parts), sum(part.once for part in parts)
+    if not read or not examples:
         return None
-    held_back = spec.val_set_size if spec.val_set_size < 1 else spec.val_set_size / examples
-    examples, tokens = examples * (1 - held_back), tokens * (1 - held_back)
+    held = spec.val_set_size if spec.val_set_size < 1 else spec.val_set_size / examples
+    if held >= 1:
+        return None  # all of it would be held back, which prepare refuses
+    left = (1 - held) / spec.shard_num if spec.val_set_size < 1 else 1 / spec.shard_num - held
+    if left <= 0:
+        return None
+    examples = sum(part.examples for part in parts) * left
+    tokens = sum(part.tokens for part in parts) * left
+    return _amount(spec, examples, tokens, f"an estimate from {read} rows, counted by {how}")
+
+
+def _amount(spec: PrepareSpec, examples: float, tokens: float, source: str) -> Amount:
     rows = examples
     if spec.sample_packing:
         rows = math.ceil(tokens / (_FILL * spec.capacity))
-    source = f"an estimate from {read} rows, counted by {how}"
-    return Amount(round(tokens), max(1, round(rows)), round(examples), source, True)
+    if spec.stream_rows is not None:  # read no further than training goes
+        cut = spec.stream_rows / max(rows, 1)
+        examples, tokens, rows = examples * cut, tokens * cut, spec.stream_rows
+    return Amount(round(tokens), max(1, round(rows)), max(1, round(examples)), source, True)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A file, by its first rows."""
+
+    read: int
+    """Rows that were looked at."""
+    once: float
+    """Examples that can be used, each once: from these some are held back."""
+    examples: float
+    tokens: float
+    """Of the examples, as often as the dataset's weight says."""
+
+
+def _counted(
+    spec: PrepareSpec,
+    dataset: DatasetSpec,
+    sample: list[tuple[int, Any]],
+    share: float,
+    encode: Any,
+) -> _Counted:
+    rows = [row for _, row in sample]
+    if spec.deduplicate:
+        rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+    splits = spec.excess_length_strategy == "split" or dataset.format == "completion"
+    examples = tokens = 0.0
+    for count in (_tokens(row, encode) for row in rows):
+        if count < max(spec.min_sample_len, 1):
+            continue  # refused, or too short
+        pieces = math.ceil(count / spec.capacity)
+        if pieces > 1 and not splits:
+            if spec.excess_length_strategy == "drop":
+                continue
+            count, pieces = spec.capacity, 1
+        examples, tokens = examples + pieces, tokens + count
+    # Weights below 1 take some of the examples; those above repeat what is not held back.
+    streamed = spec.stream_rows is not None
+    weight = 1.0 if streamed else dataset.weight
+    once = examples * share * min(weight, 1.0)
+    return _Counted(len(sample), once, examples * share * weight, tokens * share * weight)
 
 
 def _sample(path: Path) -> Iterator[tuple[int, Any]]:

@@ -14,6 +14,7 @@ MIB = 2**20
 # `memory.total` of nvidia-smi, in MiB.
 _MEMORY = {
     "h100": 81559,
+    "h100-pcie": 81559,
     "h200": 143771,
     "a100": 81920,
     "a100-40gb": 40960,
@@ -86,13 +87,19 @@ def device_of(driver_name: str, memory: int) -> Device:
 
 def _plain(name: str) -> str:
     words = name.lower().replace("geforce", "").replace("nvidia", "").replace("-", " ").split()
-    joined = "".join(w for w in words if w not in ("80gb", "hbm3", "sxm4", "sxm", "pcie", "141gb"))
-    return "a100-40gb" if joined == "a10040gb" else joined
+    left_out = ("80gb", "hbm3", "hbm3e", "sxm5", "sxm4", "sxm", "141gb")
+    joined = "".join(word for word in words if word not in left_out)
+    # Of Hopper the rates were measured on SXM cards, which have a third more clock and memory rate.
+    joined = joined if joined.startswith("h100") else joined.replace("pcie", "")
+    return {"a10040gb": "a100-40gb", "h100pcie": "h100-pcie"}.get(joined, joined)
 
 
-def rate(device: str, method: str, checkpointing: bool) -> Rate | None:
-    """What was measured; None where nothing was."""
-    return _RATES.get((device, method, checkpointing))
+def rate(device: str, method: str, policy: str) -> Rate | None:
+    """What was measured with this policy of recomputing; None where nothing was."""
+    measured = {"none": False, "full": True}
+    if policy not in measured:
+        return None
+    return _RATES.get((device, method, measured[policy]))
 
 
 def scaling(way: str, processes: int) -> float | None:

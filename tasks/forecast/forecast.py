@@ -11,8 +11,9 @@ from regrow.infra.devices import local_gpus
 from regrow.tasks.forecast import devices
 from regrow.tasks.forecast.data import Amount
 from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose
-from regrow.tasks.forecast.memory import Memory, Setting, memory
+from regrow.tasks.forecast.memory import GIB, Memory, Setting, host_bytes, memory
 from regrow.tasks.forecast.recipe_setting import Model, careful, read_model, wish_of
+from regrow.tasks.forecast.setting import OFFLOAD
 from regrow.tasks.forecast.trainable import Trainable, UnknownTargetsError
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.schedule import total_steps
@@ -55,6 +56,8 @@ class Forecast:
     hours: Hours | None
     lines: tuple[str, ...]
     """Advice, and what is not known."""
+    host: float = 0.0
+    """Bytes of the host's memory, for each GPU, in which activations wait."""
 
 
 def local_device() -> devices.Device | None:
@@ -129,7 +132,14 @@ def forecast(
         lines += advice(wish, found, device.memory)
     hours, why = _hours(setting, course, device)
     lines += [why] if why else []
-    return Forecast(model, setting.trainable, choice, course, found, device, hours, tuple(lines))
+    waiting = host_bytes(setting)
+    if setting.policy == OFFLOAD:
+        lines.append(
+            f"note: activations of {waiting / GIB:.0f} GiB wait in the host's memory, less what "
+            "the GPU has room for"
+        )
+    told = (model, setting.trainable, choice, course, found, device, hours, tuple(lines))
+    return Forecast(*told, waiting)
 
 
 def _course(recipe: Recipe, amount: Amount) -> Course:
@@ -167,13 +177,12 @@ def _hours(
     if setting.shape.parameters < _SMALLEST_MODEL or setting.tokens < _FEWEST_TOKENS:
         size = f"{setting.shape.parameters / 1e9:.2f} billion parameters"
         return None, f"time: no measured rate for {size} and micro-batches of {setting.tokens:,}"
-    found = devices.rate(device.name, method, setting.checkpointing not in (False, "none"))
+    found = devices.rate(device.name, method, setting.policy)
     gpus = setting.division.processes
     share = devices.scaling(setting.division.way, gpus)
     if found is None or share is None:
         what = f"{gpus} GPUs" if found else f"{method} on {device.name}"
-        again = "with" if setting.checkpointing else "without"
-        return None, f"time: no measured rate for {what} {again} checkpointing"
+        return None, f"time: no measured rate for {what} with recomputing {setting.policy!r}"
     work = step_flops(setting, course.amount.mean_length) * course.tokens
     full = devices.peak(device.name) * gpus * share * 3600
     return Hours(work / full / found.highest, work / full / found.lowest, gpus, found.source), ""
@@ -201,6 +210,7 @@ def as_json(found: Forecast, price_per_hour: float | None) -> dict[str, Any]:
         "placement": {
             "micro_batch_size": found.choice.micro_batch,
             "gradient_checkpointing": found.choice.checkpointing,
+            "host_memory": round(found.host),
             "why": found.choice.why,
         },
         "memory": memory_json(found.memory) if found.memory else None,

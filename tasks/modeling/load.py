@@ -34,7 +34,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # What the packed attention keeps apart by example. Other layer types (linear attention, state
 # spaces, chunked attention) carry state over the border between examples.
 _SEPARABLE_LAYERS = {"full_attention", "sliding_attention"}
-_STATEFUL = ("attention_chunk_size", "mamba_d_conv", "mamba_d_state", "ssm_state_size")
+_STATEFUL = (
+    *("attention_chunk_size", "mamba_d_conv", "mamba_d_state", "ssm_state_size", "state_size"),
+    *("conv_kernel", "conv_L_cache", "lru_width", "linear_conv_kernel_dim"),
+)
 """Numbers in the configuration of models that have such layers and do not list them."""
 
 

@@ -1,4 +1,4 @@
-"""Stacks of experts in 4 or 8 bits: parameters [experts, ., .] that are dequantized where they work.
+"""Stacks of experts in 4 or 8 bits: parameters [experts, ., .], dequantized where they work.
 
 bitsandbytes and Transformers quantize linear layers alone, and a mixture's experts are stacked in
 one parameter. Here such a parameter is a tensor of a type of its own, which any operation sees as

@@ -2,7 +2,7 @@
 
 Linear attention, state spaces and convolutions carry what they have read from one example into the
 next, and some attentions have terms that the packed kernels do not. Inside the model's decoder each
-example has a row of its own here, filled up at its end: what is causal reads nothing of the filling.
+example has a row of its own here, filled up at its end, of which what is causal reads nothing.
 Outside, all stays packed.
 """
 
@@ -69,6 +69,7 @@ def attach(model: Any) -> None:
     """Let the model's decoder work on examples side by side."""
     hooks = SideBySide()
     decoder = model.get_decoder()
+    decoder = model.model if decoder is model else decoder  # Llama 4 says itself
     decoder.register_forward_pre_hook(hooks.before, with_kwargs=True)
     decoder.register_forward_hook(hooks.after)
     decoder.regrow_side_by_side = True

@@ -38,6 +38,7 @@ from regrow.tasks.modeling.load import (
 from regrow.tasks.modeling.loss_head import LossTerms
 from regrow.tasks.modeling.rounds import Rounds
 from regrow.tasks.modeling.rows import PackedRows, Row
+from regrow.tasks.modeling.side_by_side import is_attached
 from regrow.tasks.modeling.tensor_parallel import (
     check_adapter,
     name_whole_sizes,
@@ -105,8 +106,20 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
     rounds = Rounds(trained, DTYPES[spec.dtype]) if spec.relora else None
     kernels = _swap(trained, job)
+    _check_side_by_side(trained, job)
     routers = Routers(trained, spec.router_aux_loss_coef) if spec.router_aux_loss else None
     return TrainedModel(trained, use_cache, partly, first_values, rounds, kernels, routers)
+
+
+def _check_side_by_side(model: Any, job: WorkerJob) -> None:
+    """What needs packed rows inside of the model, too."""
+    if not is_attached(model):
+        return
+    why = "this model computes its examples side by side, padded, which does not go with it"
+    if job.spec.router_aux_loss:
+        raise StageError(f"output_router_logits: {why}; remove it")
+    if job.placement.sharding.context_parallel_size > 1:
+        raise StageError(f"context_parallel_size: {why}; remove it")
 
 
 def _base(job: WorkerJob, *, whole: bool) -> Any:
@@ -133,6 +146,8 @@ def _swap(model: Any, job: WorkerJob) -> Swapped:
         kernels = ()
     if spec.relora:  # they know one adapter on a layer, and its earlier rounds are a second one
         kernels = tuple(name for name in kernels if name not in WITH_ADAPTERS)
+    if any(name.endswith("Norm") for name in place.sharding.wrapped_classes):
+        kernels = tuple(name for name in kernels if name != "rms_norm")  # FSDP looks for its class
     terms = LossTerms(spec.label_smoothing, spec.z_loss)
     return swap_kernels(model, kernels, terms, whole_layers=place.sharding.gathers_layers)
 

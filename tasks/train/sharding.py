@@ -37,7 +37,13 @@ class Sharding:
     def gathers_layers(self) -> bool:
         """Whether all weights of a layer are there while it runs, not those of one child alone."""
         by_layer = (self.fsdp or {}).get("auto_wrap_policy") != "SIZE_BASED_WRAP"
-        return by_layer and _zero_stage(self) < 3
+        inside = any(not name.endswith(("Layer", "Block")) for name in self.wrapped_classes)
+        return by_layer and not inside and _zero_stage(self) < 3
+
+    @property
+    def wrapped_classes(self) -> tuple[str, ...]:
+        """Classes of modules that FSDP is told to gather by themselves; none: the layers."""
+        return tuple((self.fsdp or {}).get("transformer_layer_cls_to_wrap") or ())
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Sharding:
@@ -73,4 +79,5 @@ class Sharding:
 
 
 def _zero_stage(sharding: Sharding) -> int:
-    return (sharding.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    zero = (sharding.deepspeed or {}).get("zero_optimization")
+    return zero.get("stage", 0) if isinstance(zero, Mapping) else 0

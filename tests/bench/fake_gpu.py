@@ -1,12 +1,12 @@
-"""Counts every tensor of a training step on a GPU that is not there, to hold the memory model against.
+"""Counts every tensor of a training step on a GPU that is not there: a check of the memory model.
 
     python -m tests.bench.fake_gpu            the settings of tests/bench/memory_table.py
     python -m tests.bench.fake_gpu --only 8b
 
-The layers, adapters, kernels' host code, checkpointing, optimizer and clipping are the worker's; the
-tensors are FakeTensors on "cuda", so that an 8B model takes no memory. What operations allocate and
-free inside themselves (a GEMM's workspace, a Triton kernel's) is not seen, nor is the driver. Needs a
-C++ compiler, for a dozen lines that let torch's CPU build believe in a CUDA device.
+The layers, adapters, kernels' host code, checkpointing, optimizer and clipping are the worker's;
+the tensors are FakeTensors on "cuda", so that an 8B model takes no memory. What operations allocate
+and free inside themselves (a GEMM's workspace, FlashAttention's sums) is not seen, nor is the
+driver. Needs a C++ compiler, for a dozen lines that let torch's CPU build believe in a CUDA device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -299,9 +300,14 @@ def _waiting(case: Any) -> Any:
     if case.policy != "offload":
         return nullcontext()
 
+    leaving: deque[Any] = deque(maxlen=2)  # on their way
+
     def pack(tensor: Any) -> Any:
         rows = tensor.shape[-2] if tensor.dim() > 1 else 0
-        return tensor.cpu() if rows == case.rows * case.row_tokens else tensor
+        if rows != case.rows * case.row_tokens:
+            return tensor
+        leaving.append(tensor.detach())
+        return tensor.cpu()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.cuda())
 

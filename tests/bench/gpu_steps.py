@@ -100,7 +100,7 @@ def shown(found: dict[str, Any]) -> str:
 
 def curve(text: str, options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
     """Losses with and without kernels, and how far each is from those without."""
-    steps = "" if "timed=" in text or options.tiny else ":timed=200"
+    steps = ":log=1" if "timed=" in text or options.tiny else ":log=1:timed=200"
     half = max(1, workload(text, options.tiny).rows // 2)
     ours = "attention+mlp+experts+rms_norm+cross_entropy" if options.tiny else "auto"
     runs = [f"{text}{steps}:kernels=off", f"{text}{steps}:kernels=off:micro={half}"]

@@ -1,20 +1,25 @@
 """Measures the peak memory of trainings on a GPU and prints it beside what `regrow plan` predicts.
 
-    python tests/bench/memory_table.py --out OUT             all settings that OUT has not yet
-    python tests/bench/memory_table.py --out OUT --only 8b   those whose names hold "8b"
-    python tests/bench/memory_table.py --out OUT --tiny      on a CPU, in small: does it run?
-    python tests/bench/memory_table.py --predict             the predictions alone; needs no GPU
+On a machine with one GPU of 80 GB, from the repository's root, all in one call of nine minutes:
+
+    export PYTHONPATH=$PWD/infra/typing
+    python -m tests.bench.memory_table --out $OUT --place /dev/shm/memory_table
+
+    ... --only 8b    those whose names hold "8b"
+    ... --tiny       on a CPU, in small: does it run?
+    ... --predict    the predictions alone; needs no GPU
 
 Every setting is the real worker in a process of its own: random weights in the shape of a known
-model, packed rows of random tokens, three steps. "allocated" is torch's own peak
-(`max_memory_allocated`), which the bar of 10 % is about; "used" is what the driver says, with
-CUDA's context and what the allocator reserved. Needs one GPU of 80 GB, bitsandbytes, 20 GB of
-disk and about ten minutes; it can be stopped and started again.
+model, packed rows of random tokens, three steps. Its figure is torch's own peak
+(`max_memory_allocated`), so settings run side by side as long as their forecasts fit the card
+together. A result is written when it is there; a later call with the same `--out` goes on. The
+models take 20 GB of `--place`; settings that need bitsandbytes are left out without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -22,6 +27,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -254,46 +262,11 @@ def make_rows(case: Case, out: Path) -> None:
     ).save_pretrained(out / "tokenizer")
 
 
-class DriverMemory(threading.Thread):
-    """Asks nvidia-smi for the memory in use, and keeps the most."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.before = self.peak = _used()
-        self._end = threading.Event()
-
-    def run(self) -> None:
-        while not self._end.wait(0.2):
-            self.peak = max(self.peak, _used())
-
-    def stop(self) -> float:
-        """Bytes used at most beyond those before."""
-        self._end.set()
-        self.join()
-        return self.peak - self.before
-
-
-def _used() -> float:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0.0  # no driver here
-
-
-def measure(case: Case, place: Path, device: str) -> dict[str, Any]:
-    """One training; {"allocated", "used"} in bytes, or {"error"}."""
-    from regrow.infra.launch import WorkerFailed, run_workers
+def job_of(case: Case, model: Path, work: Path, device: str) -> Any:
+    """What the worker is told."""
     from regrow.tasks.train.job import WorkerJob
-    from regrow.tasks.train.metrics import read_metrics
 
-    model, work = place / case.model, place / "run"
-    if not model.is_dir():
-        make_model(case.model, model, device)
-    shutil.rmtree(work, ignore_errors=True)
-    make_rows(case, work / "rows")
-    job = WorkerJob(
+    return WorkerJob(
         spec=TrainSpec(
             base_model_digest="0" * 64,
             dtype="bfloat16",
@@ -313,31 +286,70 @@ def measure(case: Case, place: Path, device: str) -> dict[str, Any]:
             kernels=case.kernels,
             device=device,
             retry_on_oom=False,
+            hang_timeout=None,
         ),
         prepared=work / "rows",
         base_model=model,
         out=work / "out",
         work=work,
     )
+
+
+def measure(case: Case, place: Path, device: str, limit: float) -> dict[str, Any]:
+    """One training; {"allocated", ...} in bytes, or {"error"}."""
+    from regrow.tasks.train.metrics import read_metrics
+
+    work = place / f"run-{case.name.replace(' ', '-')}"
+    shutil.rmtree(work, ignore_errors=True)
+    make_rows(case, work / "rows")
+    job = job_of(case, place / case.model, work, device)
     job.write(work / "job.json")
-    driver = DriverMemory()
-    driver.start()
-    log = place / "log.txt"
+    words = [sys.executable, "-m", "regrow.tasks.train.worker", str(work / "job.json")]
+    log = work / "log.txt"
     try:
-        run_workers(
-            "regrow.tasks.train.worker",
-            [str(work / "job.json")],
-            num_processes=1,
-            on_line=lambda line: None,
-            log_path=log,
-        )
-    except WorkerFailed as failure:
-        return {"error": failure.message[-1500:], "used": driver.stop()}
+        with log.open("wb") as file:
+            done = subprocess.run(words, stdout=file, stderr=file, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"longer than {limit:.0f} s; it ended with {_tail(log)}"}
+    if done.returncode:
+        return {"error": _tail(log)}
     timing = json.loads(job.result_path.read_text())["timing"]
     peak = max(r["memory_gib"] for r in read_metrics(job.metrics_path) if "loss" in r)
-    kernels = timing.get("kernels")
-    found = {"allocated": peak * GIB, "used": driver.stop(), "device": timing["device"]}
-    return found | {"kernels": kernels}
+    shutil.rmtree(work, ignore_errors=True)
+    wanted = ("device", "kernels", "recomputes", "forecast_memory_gib", "free_memory_gib")
+    return {"allocated": peak * GIB} | {n: timing[n] for n in wanted if n in timing}
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:].strip() or "no output"
+
+
+def missing(case: Case) -> str:
+    """The package that a case needs and this machine has not."""
+    needs = case.way == "qlora" or case.optimizer.endswith("8bit")
+    return "bitsandbytes" if needs and find_spec("bitsandbytes") is None else ""
+
+
+class Card:
+    """Shares out one GPU's memory: cases run side by side as long as their forecasts fit."""
+
+    def __init__(self, room: float) -> None:
+        self._left = self._room = room
+        self._free = threading.Condition()
+
+    @contextlib.contextmanager
+    def share(self, case: Case) -> Iterator[float]:
+        """Inside, the case has the bytes it is given."""
+        needed = min(1.1 * predicted(case).total, self._room)
+        with self._free:
+            self._free.wait_for(lambda: self._left >= needed)
+            self._left -= needed
+        try:
+            yield needed
+        finally:
+            with self._free:
+                self._left += needed
+                self._free.notify_all()
 
 
 # ---- the table ----
@@ -348,25 +360,79 @@ def line(case: Case, found: dict[str, Any] | None) -> str:
     guess = predicted(case)
     cells = [case.name, f"{guess.allocated / GIB:.2f}"]
     if found is None:
-        cells += ["", "", f"{guess.total / GIB:.2f}", "", guess.moment]
+        cells += ["", "", guess.moment]
     elif "error" in found:
-        cells += [
-            "failed",
-            "",
-            f"{guess.total / GIB:.2f}",
-            "",
-            found["error"].splitlines()[-1][:80],
-        ]
+        cells += ["failed", "", found["error"].splitlines()[-1][:90]]
     else:
         off = guess.allocated / found["allocated"] - 1
-        cells += [f"{found['allocated'] / GIB:.2f}", f"{off:+.1%}"]
-        cells += [f"{guess.total / GIB:.2f}", f"{found['used'] / GIB:.2f}", guess.moment]
+        cells += [f"{found['allocated'] / GIB:.2f}", f"{off:+.1%}", guess.moment]
     return "| " + " | ".join(cells) + " |"
 
 
 HEAD = """\
-| setting | allocated, predicted | measured | off by | used, predicted | measured | fullest |
-| --- | --- | --- | --- | --- | --- | --- |"""
+| setting | allocated, predicted (GiB) | measured | off by | fullest |
+| --- | --- | --- | --- | --- |"""
+
+
+@dataclasses.dataclass
+class Table:
+    """The cases, their results so far, and the file that keeps them."""
+
+    path: Path
+    end: float
+    """When to stop, by `time.monotonic`."""
+    done: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def read(self) -> None:
+        """What an earlier run has measured."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [json.loads(line) for line in lines]
+        self.done = {record["name"]: record for record in records if "error" not in record}
+
+    def add(self, case: Case, found: dict[str, Any]) -> None:
+        """Keep a result at once: the run may be cut off."""
+        self.done[case.name] = found
+        guess = predicted(case)
+        record = {"name": case.name, "date": time.strftime("%Y-%m-%d"), **found}
+        record |= {"predicted": guess.allocated, "parts": guess.parts, "moment": guess.moment}
+        with _WRITING, self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(line(case, found), flush=True)
+
+    def run(self, cases: Sequence[Case], place: Path, tiny: bool, at_once: int) -> None:
+        """Measure what is not there yet, as long as there is time."""
+        from transformers import PreTrainedTokenizerFast  # lazily made: not in several threads
+
+        assert PreTrainedTokenizerFast
+        device, card = "cpu" if tiny else "cuda", Card(_CARD)
+        for name in dict.fromkeys(case.model for case in cases):
+            if not (place / name / "config.json").is_file():
+                words = [sys.executable, "-m", "tests.bench.memory_table", "--make", name]
+                subprocess.run([*words, "--place", str(place), *["--tiny"] * tiny], check=True)
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda case: self._one(case, place, device, card), cases))
+
+    def _one(self, case: Case, place: Path, device: str, card: Card) -> None:
+        lacks = missing(case)
+        if lacks:
+            self.add(case, {"error": f"{lacks} is not installed"})
+            return
+        with card.share(case):
+            left = self.end - time.monotonic()
+            if left < _LEAST_SECONDS:
+                self.add(case, {"error": "there was no time left"})
+                return
+            begin = time.monotonic()
+            try:
+                found = measure(case, place, device, left)
+            except Exception as error:  # noqa: BLE001 (the other settings are measured all the same)
+                found = {"error": f"{type(error).__name__}: {error}"}
+            self.add(case, found | {"seconds": round(time.monotonic() - begin)})
+
+
+_WRITING = threading.Lock()
+_CARD = 78 * GIB  # of an H100 80GB, less what its driver holds
+_LEAST_SECONDS = 20  # a case takes longer
 
 
 def main() -> None:
@@ -377,27 +443,26 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--place", type=Path, default=Path("/tmp/memory_table"))
+    parser.add_argument("--seconds", type=float, default=540, help="of the whole run")
+    parser.add_argument("--at-once", type=int, default=3)
+    parser.add_argument("--make", help="only make this model")
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    if options.make:
+        make_model(options.make, options.place / options.make, "cpu" if options.tiny else "cuda")
+        return
     cases = [case for case in (TINY if options.tiny else CASES) if options.only in case.name]
     if options.predict or options.out is None:
         print(HEAD, *(line(case, None) for case in cases), sep="\n")
         return
-    path = options.out / "memory_table.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     options.place.mkdir(parents=True, exist_ok=True)
-    records = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    done = {record["name"]: record for record in records if "error" not in record}
-    for case in cases:
-        if case.name not in done:
-            begin = time.monotonic()
-            found = measure(case, options.place, "cpu" if options.tiny else "cuda")
-            done[case.name] = found
-            record = {"name": case.name, "date": time.strftime("%Y-%m-%d"), **found}
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(f"{case.name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    print(HEAD, *(line(case, done[case.name]) for case in cases), sep="\n")
-    sys.exit(any("error" in done[case.name] for case in cases))
+    table = Table(options.out / "memory_table.jsonl", end)
+    table.read()
+    left = [case for case in cases if case.name not in table.done]
+    table.run(left, options.place, options.tiny, options.at_once)
+    print(HEAD, *(line(case, table.done[case.name]) for case in cases), sep="\n")
+    sys.exit(any("error" in table.done[case.name] for case in cases))
 
 
 if __name__ == "__main__":

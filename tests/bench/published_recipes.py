@@ -57,7 +57,9 @@ def method(data: Any) -> str:
     return "SFT, images or audio" if images else "SFT, text"
 
 
-_WHAT_HAPPENS_ANYWAY = (("tensor_parallel_size", 1), ("expert_parallel_size", 1))
+_WHAT_HAPPENS_ANYWAY = (
+    *(("tensor_parallel_size", 1), ("expert_parallel_size", 1), ("push_to_hub", True)),
+)
 
 
 def unspoken(data: Any, notices: tuple[Notice, ...], faults: tuple[Fault, ...]) -> Iterator[str]:

@@ -71,6 +71,7 @@ def make_job(w: Workload, models: Path, work: Path) -> Any:
             gradient_checkpointing=_checkpointing(w.gc),
             device="cpu" if w.tiny else "cuda",
             hang_timeout=None,
+            logging_steps=w.log,
         ),
         prepared=work / "rows",
         base_model=base,

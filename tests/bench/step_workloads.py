@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import importlib.util
 import json
 import math
 import time
@@ -59,6 +60,10 @@ class Workload:
     micro: int | None = None
     """Rows of a micro-batch; None: all of a step."""
     dropout: float = 0.0
+    log: int = 10
+    """Steps between two lines of the log, each of which waits for the device; peers log nothing."""
+    doc: int = 0
+    """Tokens of every document; 0: of chat-like lengths."""
 
     @property
     def steps(self) -> int:
@@ -81,7 +86,9 @@ WORKLOADS = {
     "W3": Workload("llama32-1b", rows=4, lr=1e-5),
     "W4": Workload("qwen3moe-8l", lora=16, experts=True),
     "W4a": Workload("qwen3moe-8l", lora=16),
-}
+    "LONG": Workload("llama31-8b", lora=32, nf4=True, rows=1, seq=400_000, gc="offload", warmup=1,
+                     timed=1),
+}  # fmt: skip
 
 
 def workload(text: str, tiny: bool) -> Workload:
@@ -89,7 +96,9 @@ def workload(text: str, tiny: bool) -> Workload:
     name, *options = text.split(":")
     found = replace(WORKLOADS[name], tiny=tiny)
     if tiny:
-        found = replace(found, rows=2, seq=256, warmup=1, timed=2, optim="adamw_torch")
+        found = replace(found, seq=256, warmup=1, timed=2, optim="adamw_torch")
+        has_bits = importlib.util.find_spec("bitsandbytes") is not None
+        found = replace(found, rows=min(found.rows, 2), nf4=found.nf4 and has_bits)
     for option in options:
         key, _, value = option.partition("=")
         now = getattr(found, key)
@@ -102,14 +111,16 @@ def workload(text: str, tiny: bool) -> Workload:
 # ---- data ----
 
 
-def documents(tokens: int, seq: int, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def documents(
+    tokens: int, seq: int, vocabulary: int, length: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, loss_mask) of documents of chat-like lengths, `tokens` in all."""
     random = np.random.default_rng(0)
     sigma = math.sqrt(2 * math.log(MEAN / MEDIAN))
-    found, total = [], 0
+    found, total, given = [], 0, length
     while total < tokens:
         length = int(np.clip(random.lognormal(math.log(MEDIAN), sigma), SHORTEST, LONGEST))
-        length = min(length, seq)
+        length = min(given or length, seq)
         ids = SPECIAL + ((vocabulary - SPECIAL) * random.random(length) ** 3).astype(np.int32)
         mask = np.ones(length, dtype=np.uint8)
         mask[: max(1, int(length * (1 - random.uniform(*LEARNT))))] = 0
@@ -144,7 +155,7 @@ def write_rows(w: Workload, out: Path) -> list[dict[str, float]]:
     needed, factor = w.steps * w.rows, 1.3
     rows: list[list[Any]] = []
     while len(rows) < needed:
-        made = documents(int(factor * needed * w.seq), w.seq, w.config["vocab_size"])
+        made = documents(int(factor * needed * w.seq), w.seq, w.config["vocab_size"], w.doc)
         rows, factor = pack(made, w.seq), 2 * factor
     rows = rows[:needed]
     lines = [

@@ -42,9 +42,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "layers_keep_examples_apart": (
         {"text_config": {"layer_types": ["linear_attention", "full_attention"]}},
-        "",
-        "base_model",
-        "its layers (linear_attention) would carry",
+        "output_router_logits: true",
+        "output_router_logits",
+        "layers (linear_attention) compute examples side by side",
     ),
     "layers_are_there": (
         {},

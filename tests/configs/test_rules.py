@@ -511,11 +511,6 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         for added, key, why in (
             ("chat_template: chatml", "chat_template", "decides it"),
             ("tokens: [<x>]", "tokens", "decides it"),
-            (
-                "eot_tokens: [<x>]\ndatasets: [{path: org/t, type: chat_template}]",
-                "eot_tokens",
-                "it is `</s>`",
-            ),
             ("special_tokens: {pad_token: <x>}", "special_tokens", "decides it"),
             ("train_on_inputs: true", "train_on_inputs", "answers alone"),
             (

@@ -115,7 +115,10 @@ def test_what_happens_anyway_is_accepted_without_a_word_and_nothing_else(key):
         ("dataloader_pin_memory: false", "ignored dataloader_pin_memory because it changes speed"),
         ("mlp_kernel: false", "ignored mlp_kernel because Regrow chooses its kernels itself"),
         ("peft_autocast_adapter_dtype: false", "ignored peft_autocast_adapter_dtype because adap"),
-        ("include_tkps: false", "ignored include_tkps because every report has the tokens a second"),
+        (
+            "include_tkps: false",
+            "ignored include_tkps because every report has the tokens a second",
+        ),
         ("ddp: false", "ignored ddp because Regrow places a run on its devices itself"),
         ("strict: false", None),
         ("strict: true", None),
@@ -240,6 +243,8 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ("max_packed_sequence_len: 2048", "set sequence_len: 2048 because"),
         ("eta_min: 2e-5", "set cosine_min_lr_ratio: 0.1 because `eta_min` is 2e-05"),
         ("logging_steps: 0.2", "set logging_steps: 1 because a share of all steps"),
+        ("eval_max_new_tokens: 0", "set eval_table_size: 0 because `eval_max_new_tokens: 0` asks"),
+        ("push_dataset_to_hub: me", "ignored push_dataset_to_hub because prepared data is kept"),
         (
             "tensor_parallel_size: 2\nfsdp_config: {}",
             "read tensor_parallel_size as fsdp_config because FSDP2",
@@ -270,7 +275,10 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
             "plugins: [axolotl.integrations.liger.LigerPlugin]",
             "ignored axolotl.integrations.liger.LigerPlugin because Regrow chooses",
         ),
-        ("heads_k_stride: 2", "ignored heads_k_stride because keys and values are gathered at once"),
+        (
+            "heads_k_stride: 2",
+            "ignored heads_k_stride because keys and values are gathered at once",
+        ),
         ("ring_attn_func: varlen_llama3", "ignored ring_attn_func because keys and values are"),
         ("rl_beta: 0.1", "ignored rl_beta because training with `rl`"),
         ("dataset_prepared_path: out", "ignored dataset_prepared_path because prepared data"),

@@ -52,6 +52,16 @@ def test_a_key_written_twice_is_a_fault_that_names_both_lines():
     assert "first in line 3" in document.faults[0].why
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a:\na: 3\n", 3), ("a: false\na:\n", False), ("a: 3\na: 3\n", 3), ("a:\na: [1]\n", [1])],
+)
+def test_a_key_that_is_empty_once_says_nothing_there(text, value):
+    document = parse_yaml(text)
+    assert (document.data, document.faults) == ({"a": value}, [])
+    assert parse_yaml("a: 3\na:\n").faults
+
+
 def test_anchors_and_merges_work():
     text = "x: &x {a: 1, b: 2}\ny:\n  <<: *x\n  b: 3\nz: *x\n"
     assert parse_yaml(text).data == {

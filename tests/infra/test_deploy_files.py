@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[2] / "infra" / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "infra" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 MANIFESTS = sorted((KUBERNETES / "base").glob("*.yaml"))
 TRAININGS = sorted((KUBERNETES / "training").glob("*.yaml"))
@@ -377,6 +378,44 @@ def test_only_machine_0_runs_the_pipeline(tmp_path, variables, first):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     wanted = "regrow run a b.yaml --seed 1" if first else "python -m regrow.tasks.train.node"
     assert done.stdout.strip() == wanted
+
+
+def test_the_operators_init_container_passes_the_restricted_standard():
+    """A worker's pod is the operator's init container and ours; the namespace checks both."""
+    (made,) = documents(KUBERNETES / "training" / "operator-init-container.yaml")
+    (container,) = yaml.safe_load(made["data"]["initContainer.yaml"])
+    assert container["name"] == "init-pytorch"
+    security = container["securityContext"]
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["runAsNonRoot"] is True
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    readme = (DEPLOY / "README.md").read_text()
+    assert made["metadata"]["name"] in readme
+    assert "/etc/config" in readme, "where the operator looks, with initContainer.yaml in it"
+
+
+def test_the_first_commands_of_the_readme_name_what_is_there():
+    readme = (DEPLOY / "README.md").read_text()
+    built = re.findall(r"docker build -f (\S+) -t (\S+) \.", readme)
+    assert built
+    for path, tag in built:
+        assert (ROOT / path).is_file()
+        assert f"-t {tag} " in (ROOT / path).read_text()
+    command = re.search(r"regrow deploy /recipes/(\S+) \\\n +--base_model (\S+)", readme)
+    assert command is not None
+    assert (ROOT / "configs" / "recipes" / command[1]).is_file()
+    assert (DEPLOY / "env.example").is_file()
+
+
+def test_a_slurm_step_gets_the_cpus_of_the_job(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho srun "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", str(DEPLOY / "slurm/train.sbatch"), "recipe.yaml"]
+    for more, wanted in (({"SLURM_CPUS_PER_TASK": "32"}, True), ({}, False)):
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True, check=True)
+        assert ("--cpus-per-task=32" in done.stdout) is wanted
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (75, True), (143, True)])

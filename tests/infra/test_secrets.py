@@ -75,3 +75,16 @@ def test_secrets_of_the_environment_are_masked_whatever_they_begin_with(monkeypa
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/google.json")
     assert mask_secrets("signing with /abcDEF0123456789") == f"signing with {MASK}"
     assert mask_secrets("reading /home/me/google.json") == "reading /home/me/google.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("s3://AKIA:plan/ted+key@bucket/x", "s3://***@bucket/x"),
+        ("cannot open s3://k:plan/ted@b: refused", "cannot open s3://***@b: refused"),
+        ("http://host:80/path/me@x", "http://host:80/path/me@x"),
+        ("see https://host/x and me@host", "see https://host/x and me@host"),
+    ],
+)
+def test_a_password_with_a_slash_is_masked_and_a_port_is_not(text, masked):
+    assert mask_secrets(text) == masked

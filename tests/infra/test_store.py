@@ -168,3 +168,27 @@ def test_memo_of_a_settled_file_is_used(tmp_path):
         assert db.execute("SELECT sha256 FROM digests").fetchall() == [(digest,)]
         db.execute("UPDATE digests SET sha256 = 'remembered'")
     assert memo.sha256(path) == "remembered"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://AKIAPLANTED:plan/ted+secret@bucket/x", "s3://k:planted@b", "sftp://me:planted@host/x"],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(url):
+    for use in (Store, expand, open_url):
+        with pytest.raises(StoreError, match="holds a password") as caught:
+            use(url)
+        assert "plan" not in str(caught.value)
+        assert "ted" not in str(caught.value).replace("recorded", "")
+
+
+def test_a_port_is_no_password(monkeypatch):
+    with pytest.raises(StoreError, match="nothing answers|does not answer|Cannot connect|refused"):
+        open_url("http://127.0.0.1:9/rows@2.jsonl")
+
+
+def test_what_is_no_name_of_a_bucket_is_told(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    with pytest.raises(StoreError, match="no valid name of a bucket"):
+        Store("s3://no_bucket:name/x").exists("y")

@@ -17,6 +17,7 @@ from selenium.common.exceptions import (
 )
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.services.servers import program
@@ -94,6 +95,18 @@ class Browser:
 
         self._await(click, f"nothing to click at {xpath} on {self.address}")
 
+    def fill(self, xpath: str, text: str) -> None:
+        """Put `text` into a field in place of what it holds."""
+
+        def filled() -> bool:
+            field = self.driver.find_element(By.XPATH, xpath)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(text)
+            return field.get_attribute("value") == text
+
+        self._await(filled, f"no field at {xpath} on {self.address}")
+
     def _clicked(self, element: WebElement) -> bool:
         try:
             self.driver.execute_script(
@@ -162,6 +175,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
     Raises:
         ServerMissing: when Chromium or its driver is not installed.
     """
+    folder.mkdir(exist_ok=True)
     options = webdriver.ChromeOptions()
     options.binary_location = program("chromium", "chromium")
     words = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,24 @@ def test_names_are_written_created_listed_and_removed(store):
     assert not store.exists("a/b")
     with pytest.raises(FileNotFoundError):
         store.read_bytes("a/b")
+
+
+def test_what_may_not_be_removed_is_told_though_s3_answers_with_success(s3_server, s3_bucket):
+    """A removal of many names is answered 200; what was refused is named within."""
+    rule = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:DeleteObject",
+        "Resource": f"arn:aws:s3:::{s3_bucket.name}/x/kept",
+    }
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+    s3_server.client().put_bucket_policy(Bucket=s3_bucket.name, Policy=policy)
+    store = Store(s3_bucket.url)
+    for name in ("x/kept", "x/other"):
+        store.write_bytes(name, b"1")
+    with pytest.raises(StoreError, match="permission denied"):
+        store.remove("x")
+    assert store.sizes("x") == {"kept": 1}
 
 
 def test_creating_again_what_is_already_ours_counts_as_created(store):

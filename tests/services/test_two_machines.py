@@ -36,6 +36,16 @@ def downloaded(passed: Proxy) -> dict[str, int]:
     return found
 
 
+def by_kind(passed: Proxy) -> dict[str, int]:
+    """{name of a file: bytes} of artifacts' files that went through."""
+    found: dict[str, int] = {}
+    for path, size in passed.received.items():
+        if "/attempt-" in path:
+            name = path.rpartition("/")[2]
+            found[name] = found.get(name, 0) + size
+    return found
+
+
 def keys(store: Store) -> dict[str, str]:
     """{stage: key} of all complete artifacts."""
     found = [f"stages/{name}" for name in store.folders("stages")]
@@ -61,6 +71,8 @@ def test_second_machine_finds_every_stage_and_downloads_next_to_nothing(place, s
     states = dict(re.findall(r"(?m)^(\w+)\s+(Cached|built)\b", done.stdout))
     assert states == dict.fromkeys(STAGES, "Cached"), done.stdout
     assert sum(taken.values()) < total / 100, "to know that all is there no artifact is needed"
+    # Of files, only the pages that MLflow shows of what was found.
+    assert not [name for name in by_kind(passed) if not name.endswith(".html")], by_kind(passed)
     # What a new model is published as lies in the bucket, whole.
     published = Store(f"{s3_bucket.url}/published").sizes("")
     assert {"README.md", "config.json", "model.safetensors"} <= set(published)
@@ -87,6 +99,17 @@ def test_second_machine_downloads_what_the_missing_stage_reads_and_no_more(
             size = sum(store.sizes(key).values()) - store.sizes(key)["record.json"]
             assert taken[key] == size, "each file once"
         assert built["train"] in taken
+        model = keys(store)["merge"]
+        weights = store.sizes(model)[next(n for n in store.sizes(model) if "model.safe" in n)]
+        assert "model.safetensors" not in by_kind(passed), "the base is here, the new one is made"
+        with proxy(s3_bucket.endpoint) as passed:
+            env |= {"REGROW_HOME": str(tmp_path / "third"), "AWS_ENDPOINT_URL": passed.url}
+            told = pipelines.run(place.recipe, env, upto="publish")
+        states = dict.fromkeys(("prepare", "train", "merge"), "cached")
+        assert told == states | dict.fromkeys(("baseline", "evaluate", "publish"), "built")
+        assert set(downloaded(passed)) == {built["prepare"], model}, "nobody reads the adapter"
+        assert by_kind(passed)["model.safetensors"] == weights, "evaluated and published: once"
+        print({name: size for name, size in by_kind(passed).items() if size > 1000})
     finally:
         pipelines.close()
 

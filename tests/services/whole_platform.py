@@ -168,7 +168,9 @@ class Server:
     def _start(self) -> None:
         port = free_port()
         self._url = f"http://127.0.0.1:{port}"
-        self.process = start([*self._command, "--port", str(port)], self._log, env=self._env)
+        # Prefect's pages ask at 4200, wherever they are served, unless they are told otherwise.
+        env = self._env | {"PREFECT_SERVER_UI_API_URL": f"{self._url}/api"}
+        self.process = start([*self._command, "--port", str(port)], self._log, env=env)
 
     def ready(self) -> str:
         """Wait until it answers; its address."""

@@ -222,3 +222,20 @@ def test_rerun_says_what_it_reads_and_leaves_no_lease(builder, report, tmp_path)
     )
     assert len(seen) == 1
     assert held.sizes("leases/reruns") == {}
+
+
+def read_only_the_first(job):
+    (job.out / "text").write_text((job.inputs["first"] / "text").read_text())
+    return {"second": job.input_results["second"], "there": sorted(job.inputs)}
+
+
+def test_what_a_stage_does_not_ask_for_is_not_downloaded(tmp_path, report):
+    RUNS.clear()
+    artifacts = ArtifactStore.open_url(f"memory://{tmp_path.name}", tmp_path / "cache")
+    builder = Builder(artifacts, tmp_path / "home", lease_seconds=5)
+    a, b = stage("a"), stage("b")
+    outcome = builder.build(stage("c", "read_only_the_first", first=a, second=b), report)
+    assert outcome.record.result == {"second": {"length": 1}, "there": ["first", "second"]}
+    names = {path.parent.parent.name for path in (tmp_path / "cache").rglob("text")}
+    assert names == {a.key}
+    assert sorted(RUNS) == ["a", "b"]

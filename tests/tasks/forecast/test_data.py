@@ -9,14 +9,23 @@ from regrow.tasks.forecast.data import prepared_amount, sampled_amount
 from regrow.tasks.prepare.slices import Rows
 
 
-def spec(weight=1.0, val_set_size=0.0, packing=True, rows=None, kind="jsonl"):
+def spec(weight=1.0, packing=True, rows=None, kind="jsonl", capacity=512, **changes):
     dataset = SimpleNamespace(
         parts=[SimpleNamespace(rows=rows or Rows())],
         files=[SimpleNamespace(sha256="a", kind=kind)],
         weight=weight,
+        format="chat_template",
     )
+    plain = {
+        "val_set_size": 0.0,
+        "shard_num": 1,
+        "excess_length_strategy": "drop",
+        "min_sample_len": 0,
+        "deduplicate": False,
+        "stream_rows": None,
+    }
     return SimpleNamespace(
-        datasets=[dataset], val_set_size=val_set_size, sample_packing=packing, capacity=512
+        datasets=[dataset], sample_packing=packing, capacity=capacity, **plain | changes
     )
 
 
@@ -52,12 +61,39 @@ def test_without_a_small_tokenizer_bytes_are_counted(placement, tmp_path):
         ({"weight": 2}, 10000),
         ({"val_set_size": 0.1}, 4500),
         ({"val_set_size": 100}, 4900),
+        ({"shard_num": 4}, 1250),
+        ({"shard_num": 4, "val_set_size": 100}, 1150),
+        ({"weight": 2, "val_set_size": 0.1}, 9000),
+        ({"weight": 0.5}, 2500),
+        ({"deduplicate": True}, 17),
+        ({"capacity": 20, "excess_length_strategy": "truncate"}, 5000),
+        ({"capacity": 20, "excess_length_strategy": "split"}, 15000),
     ],
 )
 def test_weights_and_held_back_rows_count(placement, changes, examples):
     found = sampled_amount(spec(**changes), placement)
     assert found is not None
     assert found.examples == pytest.approx(examples, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity": 20},
+        {"min_sample_len": 100},
+        {"val_set_size": 6000},
+        {"val_set_size": 100, "shard_num": 50},
+    ],
+    ids=str,
+)
+def test_where_nothing_would_be_left_nothing_is_counted(placement, changes):
+    assert sampled_amount(spec(**changes), placement) is None
+
+
+def test_a_stream_is_read_as_far_as_training_goes(placement):
+    found = sampled_amount(spec(stream_rows=7), placement)
+    assert found.rows == 7
+    assert found.tokens == pytest.approx(7 * 512, rel=0.1)
 
 
 def test_without_packing_every_example_is_a_row(placement):

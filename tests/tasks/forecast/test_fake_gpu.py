@@ -1,4 +1,4 @@
-"""The memory model against every tensor of whole training steps, counted on a GPU that is not there."""
+"""The memory model against every tensor of whole training steps on a GPU that is not there."""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
 """`auto` fits, keeps the global batch, and is careful where nothing is known; advice is right."""
 
+from dataclasses import replace
+
 import pytest
 
 from regrow.tasks.forecast.devices import DEVICES, device_named, device_of, rate
@@ -88,10 +90,49 @@ def test_a_device_is_known_by_its_names(name):
     assert device_of(name, 1).name == "h100"
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "h100-pcie", "NVIDIA H100 NVL"])
+def test_slower_cards_of_a_name_have_no_rates(name):
+    assert rate(device_of(name, 1).name, "lora", "full") is None
+
+
 def test_devices_without_a_measurement_have_no_rate():
-    assert rate("h100", "lora", True) is not None
-    assert rate("a100", "lora", True) is None
-    assert rate("h100", "full", True) is None
+    assert rate("h100", "lora", "full") is not None
+    assert rate("h100", "lora", "selective") is None
+    assert rate("h100", "lora", "offload") is None
+    assert rate("a100", "lora", "full") is None
+    assert rate("h100", "full", "full") is None
     with pytest.raises(ValueError, match="known are h100"):
         device_named("abacus")
     assert "h200" in DEVICES
+
+
+def test_a_step_of_400000_tokens_fits_an_h100():
+    """Llama-3.1-8B's shape, QLoRA r=32, one row: its checkpoints wait in the host's memory."""
+    adapter = with_adapter(SHAPE, AdapterSettings(r=32, alpha=64, target_linear=True))
+    asked = Wish(Setting(SHAPE, adapter, 400_000, bits=4), 400_000, 1, None, None)
+    room = Room.of_device(device_named("h100").memory)
+    found = choose(asked, Room(room.device, host=115 * GIB), CAREFUL)
+    assert (found.micro_batch, found.checkpointing) == (1, "offload")
+    assert memory(asked.at(1, "offload")).total < 60 * GIB
+    assert choose(asked, Room(room.device, host=40 * GIB), CAREFUL).why.startswith("nothing fits")
+
+
+def test_gradients_that_accumulate_under_fsdp2_are_whole():
+    """Accelerate reduces them with the last micro-batch of a step alone."""
+    division = Division(8, 8, "fsdp2")
+    asked = Wish(Setting(SHAPE, all_weights(SHAPE), 512, division=division), 512, 64, 1, True)
+    found = memory(asked.at(1, True))
+    assert found.parts["gradients"] == 4 * SHAPE.parameters
+    alone = memory(replace(asked, global_batch=8).at(1, True))
+    assert alone.parts["gradients"] <= 4 * SHAPE.parameters / 8 + 1
+
+
+def test_processes_that_share_rows_divide_the_activations():
+    tokens = 65536
+    one = Wish(Setting(SHAPE, LORA, tokens), tokens, 4, 1, True)
+    four = replace(one, setting=replace(one.setting, division=Division(4, context=4)))
+    alone, shared = memory(one.at(1, True)), memory(four.at(1, True))
+    assert four.at(1, True).tokens == tokens // 4
+    assert four.at(1, True).accumulates
+    # The layers' inputs are divided by four; keys and values of the row are there whole.
+    assert 0.25 < shared.parts["activations"] / alone.parts["activations"] < 0.5

@@ -89,8 +89,6 @@ def cut_short(directory):
         (lambda d: change_config(d, num_hidden_layers=3), "lack"),
         (lose_a_weight, "lack model.layers.1.mlp.down_proj.weight"),
         (cut_short, "cannot be loaded"),
-        (lambda d: change_config(d, layer_types=["linear_attention"] * 2), "linear_attention"),
-        (lambda d: change_config(d, attention_chunk_size=8), "chunked_attention"),
     ],
 )
 def test_what_is_wrong_is_said(model_dir, damage, message):

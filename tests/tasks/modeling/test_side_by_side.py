@@ -106,7 +106,10 @@ def test_each_example_gets_the_logits_that_it_gets_alone(directory):
 def test_an_adapter_trains_on_it_and_the_empty_model_is_the_same(directory):
     batch = packed_batch(LENGTHS, pad_to=None)
     batch.pop("supervised_rows")
-    model = add_adapter(load_model(directory, dtype="float32"), r=2, alpha=4, target_linear=True)
+    targets = ("q_proj", "v_proj")
+    model = add_adapter(
+        load_model(directory, dtype="float32"), r=2, alpha=4, target_modules=targets
+    )
     loss = model.train()(**batch).loss
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.prepare.example import Conversation, Document, RowError, Segment
 from regrow.tasks.prepare.formats import chat_template
 from regrow.tasks.prepare.masking import MaskRules
 from regrow.tasks.prepare.mistral import MistralEncoder, save_mistral_tokenizer
 from regrow.tasks.prepare.tokenizer import SavedTokenizer
 from regrow.tasks.stage import StageError
+
+from .conftest import Workbench
 
 mistral_common = pytest.importorskip("mistral_common")
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -205,21 +209,40 @@ def test_what_cannot_be_exact_is_refused(encoder, source, why):
         encoder("v3").encode_many([source])
 
 
-def test_it_is_saved_for_stages_that_know_no_mistral_common(thinking_tekken, tmp_path):
-    from transformers import AutoTokenizer
-
+def test_the_stage_writes_rows_for_stages_that_know_no_mistral_common(thinking_tekken, tmp_path):
     place = tmp_path / "model"
     place.mkdir()
     shutil.copyfile(thinking_tekken, place / "tekken.json")
-    found = save_mistral_tokenizer(str(place), tmp_path / "out")
-    assert (tmp_path / "out" / "tekken.json").read_bytes() == thinking_tekken.read_bytes()
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (loaded.eos_token_id, found.eos_id, loaded.bos_token_id) == (2, 2, 1)
+    bench = Workbench(tmp_path, place)
+    rows = [{"messages": [user(f"Say {i} [INST]"), says(f"It is {i}.")]} for i in range(12)]
+    rows.append({"messages": [user("No answer")]})
+    prepared = bench.run(
+        datasets=[{"path": bench.write("a.jsonl", rows), "type": "chat_template"}],
+        tokenizer_use_mistral_common=True,
+        val_set_size=2,
+        on_bad_rows="drop",
+    )
+    out = prepared.out / "tokenizer"
+    assert (out / "tekken.json").read_bytes() == thinking_tekken.read_bytes()
+    assert str(tmp_path) not in (out / "tokenizer_config.json").read_text()
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert (loaded.eos_token_id, loaded.bos_token_id) == (2, 1)
+    packed = PackedRows(prepared.out, "train")
+    learnt = []
+    for index in range(len(packed)):
+        row = packed[index]
+        text = loaded.decode(row.input_ids[row.loss_mask == 1].tolist())
+        learnt += text.split("</s>")[:-1]
+    assert len(learnt) == 10
+    assert set(learnt) < {f"It is {i}." for i in range(12)}
+    assert sum(prepared.result["refused"].values()) == 1
+    prompts = (prepared.out / "prompts.jsonl").read_text().splitlines()
+    assert {json.loads(line)["expected"] for line in prompts} == {
+        f"It is {i}." for i in range(12)
+    } - set(learnt)
     text = "What is 12345 été?\n\n  x"
-    tekken = MistralEncoder(found, MaskRules())._tekken
+    tekken = MistralEncoder(saved(out / "tekken.json"), MaskRules())._tekken
     assert loaded(text, add_special_tokens=False)["input_ids"] == tekken.encode(text, False, False)
-    kept = (tmp_path / "out" / "tokenizer_config.json").read_text()
-    assert str(tmp_path) not in kept
 
 
 def test_a_model_without_the_file_says_so(tmp_path):

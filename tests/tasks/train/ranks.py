@@ -16,6 +16,12 @@ from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.metrics import read_metrics
 
 MODULE = "regrow.tasks.train.worker"
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(Path(__file__).parents[3]),  # where MODULE is one of the tests
+}
 _STEP = re.compile(r"step (\d+)/\d+ \| loss")
 
 
@@ -37,7 +43,7 @@ def run_ranks(
         num_processes=ranks,
         on_line=hear,
         log_path=job.work / "log",
-        env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env=_ENVIRONMENT,
     )
     return lines
 

@@ -1,4 +1,4 @@
-"""What is computed again: the plan's memory model decides, with the worker's facts, for all ranks."""
+"""What is computed again: the plan's memory model decides, by the worker's facts, for all."""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ class Follower:
     """Machine 1's process as a thread, whose ranks are a function."""
 
     def __init__(self, monkeypatch, tmp_path, make_job):
-        self.nodes = [Nodes(2, rank, "127.0.0.1", port) for port in [free_port()] for rank in (0, 1)]
+        self.nodes = [
+            Nodes(2, rank, "127.0.0.1", port) for port in [free_port()] for rank in (0, 1)
+        ]
         self.call = Call(make_job("a").to_json(), "s3://none", "stages/none", 2, "127.0.0.1", 1)
         self.work, self.job, self.found, self.why = tmp_path / "work", make_job("a"), [], []
         self.faults, self.part = [], lambda: Ended()

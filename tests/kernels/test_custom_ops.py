@@ -1,0 +1,67 @@
+"""Every registered op tells torch.compile the shapes, types and strides that it really gives."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from regrow.kernels import (
+    dropout,  # noqa: F401  (importing registers)
+    float8,  # noqa: F401
+    linear_cross_entropy,  # noqa: F401
+    rms_norm,  # noqa: F401
+    rope,  # noqa: F401
+    swiglu,
+)
+from regrow.kernels.backend import INTERPRETING
+
+CHECKS = ("test_schema", "test_faketensor")
+
+
+def halves(kind=torch.float32):
+    """Two matrices [5, 8] whose rows lie apart."""
+    return torch.randn(5, 16).to(kind).split(8, dim=1)
+
+
+def checked(name, *arguments):
+    opcheck(getattr(torch.ops.regrow, name).default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_gated_activations(kind):
+    gate, up = halves(kind)
+    for activation in swiglu.ACTIVATIONS:
+        checked("gated_forward", gate, up, activation)
+        for wants_out in (False, True):
+            checked("gated_backward", torch.randn(5, 8).to(kind), gate, up, activation, wants_out)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 2, 3, 4])], ids=["looked up", "given"])
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_linear_cross_entropy(rows, budget):
+    hidden, head = torch.randn(140, 8).bfloat16(), torch.randn(13, 8).bfloat16()
+    targets = torch.full((140,), -100)
+    targets[torch.tensor([0, 2, 3, 4])] = torch.tensor([1, 3, 12, 0])
+    for flags in ([True, True, True], [True, True, False], [True, False, False], [False] * 3):
+        checked("linear_cross_entropy", hidden, head, targets, rows, torch.rand(140),
+                [2.0, 0.1, 0.1], flags, budget)  # fmt: skip
+
+
+def test_dropout_and_float8():
+    x = halves()[1]
+    checked("seeded_dropout", x, 0.3, 5)
+    checked("quantize_rows", x)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")
+def test_norms_and_rope():
+    x, r, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    for residual in (None, r):
+        checked("rms_norm_forward", x, residual, w, 1e-5, 0.0)
+    for wants_weight in (False, True):
+        checked("rms_norm_backward", x, r, x + 1, w, torch.rand(3), 1.0, wants_weight)
+    q, k = torch.randn(3, 24).view(3, 3, 8).split([2, 1], dim=1)  # views into one matrix
+    cos, sin = torch.rand(3, 4), torch.rand(3, 4)
+    for weight in (None, w):
+        checked("rope_forward", q, k, cos, sin, weight, weight, 1e-5, 0.0)
+        unnormed = (None, None) if weight is None else (q, k)
+        checked("rope_backward", q, k, cos, sin, *unnormed, weight, weight, 1e-5, 0.0)

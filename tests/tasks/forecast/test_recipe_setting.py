@@ -1,0 +1,141 @@
+"""What cannot be forecast is said in a line; nothing that a recipe or a model says is a traceback."""
+
+import json
+
+import pytest
+
+from regrow.tasks.forecast.job_setting import Facts, division_of, stored_adapter, wish_of_job
+from regrow.tasks.forecast.model_shape import model_shape
+from regrow.tasks.forecast.recipe_setting import read_model
+from regrow.tasks.forecast.trainable import UnknownTargetsError, with_adapter
+from regrow.tasks.modeling.adapter_settings import AdapterSettings
+from regrow.tasks.stage import StageError
+from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.sharding import Sharding
+from regrow.tasks.train.spec import TrainPlacement, TrainSpec
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FSDP = {"reshard_after_forward": True, "cpu_offload": False}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "no json",
+        "[]",
+        "null",
+        '"llama"',
+        "{}",
+        '{"model_type": null}',
+        '{"model_type": ["llama"]}',
+        '{"model_type": "mamba9"}',
+        '{"model_type": "llava", "text_config": {"model_type": "llama"}}',
+        '{"model_type": "llava", "text_config": "llama"}',
+        *(
+            json.dumps(LLAMA | change)
+            for change in (
+                {"hidden_size": "64"},
+                {"hidden_size": -64},
+                {"hidden_size": 64.5},
+                {"num_attention_heads": 0},
+                {"num_hidden_layers": "two"},
+                {"num_hidden_layers": 10**9},
+                {"num_hidden_layers": [2]},
+                {"num_key_value_heads": "8"},
+                {"vocab_size": None},
+                {"vocab_size": {}},
+                {"head_dim": []},
+            )
+        ),
+        json.dumps({name: LLAMA[name] for name in ("model_type", "hidden_size")}),
+    ],
+)
+def test_an_odd_config_is_told_in_a_line(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    found = read_model(str(tmp_path))
+    assert found.shape is None
+    assert found.why_unknown
+    assert "\n" not in found.why_unknown
+
+
+def test_files_that_are_no_safetensors_are_told(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    found = read_model(str(tmp_path))
+    assert found.stored is None
+    assert "is no safetensors file" in found.why_unknown
+
+
+@pytest.mark.parametrize(
+    ("sharding", "processes", "message"),
+    [
+        (Sharding(FSDP, dp_replicate_size=4), 2, "dp_replicate_size: 2 processes cannot be 4"),
+        (Sharding(FSDP, dp_shard_size=3), 4, "over 3 each"),
+        (Sharding(context_parallel_size=3), 4, "context_parallel_size: 4 processes"),
+        (Sharding(deepspeed={"zero_optimization": True}), 2, "zero_optimization is True"),
+        (Sharding(deepspeed={"zero_optimization": [3]}), 2, r"zero_optimization is \[3\]"),
+        (Sharding(deepspeed={"zero_optimization": {"stage": "auto"}}), 2, "stage is 'auto'"),
+        (
+            Sharding(deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}),
+            2,
+            "offload_optimizer is 'cpu'",
+        ),
+    ],
+)
+def test_processes_that_cannot_be_divided_are_told(sharding, processes, message):
+    with pytest.raises(StageError, match=message):
+        division_of(sharding, processes)
+
+
+@pytest.mark.parametrize("zero", [None, False, {}])
+def test_deepspeed_without_zero_is_data_parallel(zero):
+    found = division_of(Sharding(deepspeed={"zero_optimization": zero}), 2)
+    assert (found.way, found.shards) == ("ddp", 1)
+
+
+def test_odd_deepspeed_settings_are_no_traceback_for_the_worker():
+    assert Sharding(deepspeed={"zero_optimization": True}).shards is False
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"r": "many", "lora_alpha": 1}'])
+def test_an_odd_adapter_is_told(tmp_path, text):
+    with pytest.raises(UnknownTargetsError, match="lora_model_dir"):
+        stored_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UnknownTargetsError, match="is no adapter"):
+        stored_adapter(tmp_path)
+
+
+def test_targets_that_match_nothing_are_told():
+    shape = model_shape(LLAMA)
+    with pytest.raises(UnknownTargetsError, match="llama has no layer that .*qkv"):
+        with_adapter(shape, AdapterSettings(r=8, alpha=8, target_modules=("qkv",)))
+
+
+def test_the_plans_setting_is_the_workers():
+    spec = TrainSpec("", "bfloat16", 8, 1, 1e-4, adapter=AdapterSpec(4, 8, target_linear=True))
+    placement = TrainPlacement("", micro_batch_size=2, gradient_checkpointing="auto")
+    found = wish_of_job(spec, placement, Facts(model_shape(LLAMA), 512))
+    assert (found.micro_batch, found.checkpointing, found.row_tokens) == (2, None, 512)
+    assert found.at(2, "full").accumulates
+
+
+@pytest.mark.parametrize(
+    ("classes", "gathers"),
+    [
+        ((), True),
+        (("LlamaDecoderLayer",), True),
+        (("LlamaMLP",), False),
+        (("LlamaRMSNorm",), False),
+    ],
+)
+def test_layers_are_whole_unless_fsdp_gathers_their_parts(classes, gathers):
+    options = FSDP | {"transformer_layer_cls_to_wrap": list(classes)}
+    assert Sharding(options).gathers_layers is gathers

@@ -1,0 +1,165 @@
+"""Two real ranks that each hold a part of every layer train as one rank does."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from regrow.tasks.modeling.quantization import Quantization
+from regrow.tasks.modeling.tensor_parallel import check_accumulation, check_adapter
+from regrow.tasks.stage import StageError
+from regrow.tasks.train import parallel
+from regrow.tasks.train.readers import Reader
+from regrow.tasks.train.schedule import Cadence
+from regrow.tasks.train.sharding import Sharding
+from regrow.tasks.train.spec import AdapterSpec
+from regrow.tasks.train.worker import train
+from tests.tasks.train.ranks import losses, run_and_kill, run_ranks
+
+STEPS = 20
+SPEC = {"max_steps": STEPS, "warmup_steps": 3}
+KINDS = {"lora": {}, "full": {"adapter": None, "learning_rate": 1e-3}}
+TWO = Sharding(tensor_parallel_size=2)
+
+
+@pytest.fixture
+def job_of(make_job, monkeypatch):
+    """job_of(name, kind, sharding, key): 20 steps of 4 rows in two micro-batches."""
+    monkeypatch.setattr("tests.tasks.train.ranks.MODULE", "tests.tasks.train.cpu_tensor_parallel")
+
+    def make(name, kind, sharding=None, key=None):
+        placement = {
+            "sharding": sharding or Sharding(),
+            "saving": Cadence(steps=4),
+            "evaluation": Cadence(steps=10),
+        }
+        return make_job(name, SPEC | KINDS[kind], placement, key)
+
+    return make
+
+
+def largest_difference(job, other) -> float:
+    (ours,), (theirs,) = (list(j.out.glob("*.safetensors")) for j in (job, other))
+    a, b = load_file(ours), load_file(theirs)
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("lora", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.extended),
+    ],
+)
+def test_divided_layers_train_as_whole_ones_and_lose_nothing_when_killed(job_of, kind, file_bytes):
+    alone = job_of("alone", kind, key="checkpoints/alone")
+    result = train(alone)
+    killed = job_of("killed", kind, TWO, "checkpoints/killed")
+    run_and_kill(killed, 2, step=11, rank=1)
+    resumed = job_of("resumed", kind, TWO, "checkpoints/killed")
+    said = run_ranks(resumed, 2)
+    assert any("resuming after step" in line for line in said)
+    assert losses(resumed.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
+    assert largest_difference(resumed, alone) < 1e-4
+    found = json.loads(resumed.result_path.read_text())
+    for name in ("tokens", "supervised_tokens", "trainable_parameters"):
+        assert found[name] == result[name]
+    for ours, theirs in zip(found["eval_losses"], result["eval_losses"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_checkpoint_of_divided_layers_goes_on_whole_and_back(job_of, kind):
+    alone = job_of("alone", kind)
+    train(alone)
+    first = job_of("first", kind, TWO, "checkpoints/a")
+    run_and_kill(first, 2, step=7, rank=0)
+    second = job_of("second", kind, None, "checkpoints/a")
+    run_and_kill(second, 1, step=13, rank=0)
+    third = job_of("third", kind, TWO, "checkpoints/a")
+    assert any("resuming after step 1" in line for line in run_ranks(third, 2))
+    assert losses(third.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
+    assert largest_difference(third, alone) < 1e-4
+
+
+def test_processes_that_divide_layers_read_the_same_rows_and_count_them_once():
+    readers = [Reader.of(TWO, rank, 4) for rank in range(4)]
+    assert [(r.rank, r.count, r.counts) for r in readers] == [
+        (0, 2, True),
+        (0, 2, False),
+        (1, 2, True),
+        (1, 2, False),
+    ]
+    assert {r.context for r in readers} == {(0, 1)}
+
+
+def test_processes_that_share_rows_have_each_a_part():
+    readers = [Reader.of(Sharding(context_parallel_size=2), rank, 4) for rank in range(4)]
+    assert [(r.rank, r.context) for r in readers] == [
+        (0, (0, 2)),
+        (0, (1, 2)),
+        (1, (0, 2)),
+        (1, (1, 2)),
+    ]
+    assert [r.counts for r in readers] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("processes", "spec", "on_gpu", "why"),
+    [
+        (4, {}, True, "2 of 4 training processes"),
+        (2, {"quantization": Quantization(4)}, True, "quantized base"),
+        (2, {}, False, "on GPUs only"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(make_job, monkeypatch, processes, spec, on_gpu, why):
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    monkeypatch.setattr(parallel, "_accelerate_takes_it", lambda device: on_gpu)
+    job = make_job("a", spec, {"sharding": TWO})
+    with pytest.raises(StageError, match=why):
+        parallel.parallel_settings(job.spec, job.placement)
+
+
+def test_processes_that_are_no_groups_are_refused(make_job, monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    job = make_job("a", placement={"sharding": Sharding(context_parallel_size=2)})
+    with pytest.raises(StageError, match="3 training processes in all are no groups of 2"):
+        parallel.parallel_settings(job.spec, job.placement)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"init": "pissa"}, "'pissa' need whole layers"),
+        ({"dora": True}, "DoRA"),
+        ({"trained_whole": True}, "lora_modules_to_save"),
+    ],
+)
+def test_adapters_that_need_whole_layers_are_refused(changes, why):
+    plain = AdapterSpec(r=4, alpha=8)
+    check_adapter(plain.init, dora=False, trained_whole=False)
+    with pytest.raises(StageError, match=why):
+        check_adapter(**({"init": True, "dora": False, "trained_whole": False} | changes))
+
+
+def test_norms_whose_gradients_would_be_summed_too_often_are_refused():
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        qwen3 = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=4))
+        llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    check_accumulation(llama)
+    with pytest.raises(StageError, match="k_norm, q_norm of this architecture"):
+        check_accumulation(qwen3)
+    names = [
+        (n, SimpleNamespace(requires_grad="norm" not in n)) for n, _ in qwen3.named_parameters()
+    ]
+    frozen = SimpleNamespace(tp_plan=qwen3.tp_plan, named_parameters=lambda: names)
+    check_accumulation(frozen)
