@@ -85,6 +85,21 @@ ARCHITECTURES: Mapping[str, Layers] = {
 """`model_type` -> its layers; of others nothing is known here."""
 
 OF_EXPERTS = frozenset(
-    ["gate", "router", "experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "shared_expert_gate", "input_linear", "output_linear", "layer"]
+    [
+        "gate",
+        "router",
+        "experts",
+        "w1",
+        "w2",
+        "w3",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "shared_expert_gate",
+        "input_linear",
+        "output_linear",
+        "layer",
+    ]
 )
 """Last parts of names that are found in mixtures of experts, old and new."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
+from regrow.configs.local_paths import is_on_the_hub
 from regrow.configs.optimizers import LOW_RANK, PACKAGES
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.reporting import PACKAGES as PACKAGES_OF_REPORTERS
-from regrow.configs.local_paths import is_on_the_hub
 from regrow.configs.unread import SPOKEN_OF, reads_conversations, unread
 
 

@@ -39,7 +39,8 @@ def _read(path: Path, environment: Mapping[str, str], above: tuple[Path, ...]) -
     document = parse_yaml(text)
     if not document.readable:
         raise RecipeError(document.faults, str(path))
-    draft = Draft(document.data, document.lines, faults=document.faults)
+    lines, notices = document.lines, document.notices
+    draft = Draft(document.data, lines, faults=document.faults, notices=notices)
     fill_in_environment(draft, environment)
     keep_plain_values(draft)
     names = _extended(draft)

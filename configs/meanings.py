@@ -15,6 +15,7 @@ def read_meanings(draft: Draft) -> None:
     _perplexity(draft)
     _unfrozen_beside_adapter(draft)
     _lowest_rate(draft)
+    _four_bits(draft)
     _whole_logging_steps(draft)
     _checkpointing(draft)
     _no_answers(draft)
@@ -111,6 +112,25 @@ def _share(part: Any, whole: Any) -> float | None:
     return share if 0 < share <= 1 else None
 
 
+def _four_bits(draft: Draft) -> None:
+    """Arguments of bitsandbytes outside of their map, where Axolotl does not see them."""
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
+        if key not in draft.data:
+            continue
+        arguments = draft.data.setdefault("bnb_config_kwargs", {})
+        if (
+            not isinstance(arguments, dict)
+            or arguments.get(key, draft.data[key]) != draft.data[key]
+        ):
+            why = "`bnb_config_kwargs` says otherwise"
+            draft.fault((key,), why, "Keep `bnb_config_kwargs` only")
+            del draft.data[key]
+            continue
+        why = "that is its place (Axolotl would ignore it here)"
+        draft.notices.append(Notice("renamed", (key,), why, "bnb_config_kwargs"))
+        draft.move((key,), ("bnb_config_kwargs", key), draft.data[key])
+
+
 def _whole_logging_steps(draft: Draft) -> None:
     """Transformers takes a share of all steps here, too."""
     steps = draft.data.get("logging_steps")
@@ -149,10 +169,11 @@ def _way_of_checkpointing(draft: Draft, key: str, value: str) -> None:
 
 def _no_answers(draft: Draft) -> None:
     """Answers of no tokens are no answers."""
-    length = draft.data.get("eval_max_new_tokens")
-    if length == 0 and not isinstance(length, bool) and not draft.data.get("eval_prompts"):
-        del draft.data["eval_max_new_tokens"]
-        draft.set(("eval_table_size",), 0, "`eval_max_new_tokens: 0` asks for no answers")
+    for key in ("eval_max_new_tokens", "eval_table_max_new_tokens"):
+        length = draft.data.get(key)
+        if length == 0 and not isinstance(length, bool) and not draft.data.get("eval_prompts"):
+            del draft.data[key]
+            draft.set(("eval_table_size",), 0, f"`{key}: 0` asks for no answers")
 
 
 def _pushing(draft: Draft) -> None:

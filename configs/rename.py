@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from regrow.configs.draft import Draft
 from regrow.configs.entries import (
@@ -16,10 +19,12 @@ from regrow.configs.faults import Notice, Path
 from regrow.configs.kernels import read_kernels
 from regrow.configs.meanings import read_meanings
 from regrow.configs.precision import read_precision
+from regrow.configs.recipe import Recipe
 from regrow.configs.sections.model import PACKED_ATTENTION
 from regrow.configs.vocabulary import (
     DATASET_WORDS,
     PLUGINS,
+    READ_OTHERWISE,
     REFUSED_VALUES,
     WORDS,
     Ignored,
@@ -56,6 +61,7 @@ def rename(draft: Draft) -> None:
         if "type" in entry and entry["type"] is None:
             entry["type"] = "pretokenized"  # as Axolotl writes it
     _drop_nulls(draft.data)
+    _drop_empty_texts(draft.data)
     read_precision(draft)
     read_meanings(draft)
     _tokens_map(draft)
@@ -86,6 +92,22 @@ def _drop_nulls(data: Any) -> None:
     for value in data.values() if isinstance(data, dict) else data:
         if isinstance(value, (dict, list)):
             _drop_nulls(value)
+
+
+def _drop_empty_texts(data: dict[str, Any]) -> None:
+    """`save_steps: ''` says nothing, as null does; where a text is meant it may be an empty one."""
+    for key in [key for key, value in data.items() if value == ""]:
+        word = WORDS.get(key)
+        field = Recipe.model_fields.get(word.to if isinstance(word, Renamed) else key)
+        if key in READ_OTHERWISE or (field is not None and not takes_empty_text(field)):
+            del data[key]
+
+
+def takes_empty_text(field: FieldInfo) -> bool:
+    """Whether a text is a value of the field, and an empty one may be meant."""
+    kind = field.annotation
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return str in kinds and not field.is_required()
 
 
 def _apply(draft: Draft, path: Path, word: Word) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from regrow.configs.kernels import all_words
 from regrow.configs.recipe import Recipe
+from regrow.configs.rename import takes_empty_text
 from regrow.configs.sharding import OLD_OPTIONS
 from regrow.configs.vocabulary import (
     DATASET_READ_OTHERWISE,
@@ -36,7 +37,7 @@ _TRUTHS = [
     *(0, 1, "0", "1"),
     *(form for word in _YES_OR_NO for form in (word, word.title(), word.upper())),
 ]
-_TRUTH = {"type": ["boolean", "null"]}
+_TRUTH = {"enum": [True, False, None, ""]}
 _SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 _OTHER_FORMS: dict[str, Any] = {
     "warmup_steps": _SHARE,
@@ -47,6 +48,8 @@ _OTHER_FORMS: dict[str, Any] = {
     "attn_implementation": {"type": "string"},
     "optim_args": {"type": "number"},
     "greater_is_better": {"const": 0},
+    "eval_max_new_tokens": {"const": 0},
+    "tensor_parallel_size": {"enum": [0, False, [], {}]},
     "wandb_watch": {"const": False},
     "kernels": {"type": "boolean"},
     "gradient_checkpointing": {"enum": ["offload", "offload_disk"]},
@@ -66,11 +69,8 @@ _OLDER_FORMS: dict[str, Any] = {
         ),
         _TRUTH,
     ),
-    **dict.fromkeys(
-        ("tensor_parallel_size", "expert_parallel_size"),
-        {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": _OFF}]},
-    ),
-    "plugins": {"type": ["array", "null"]},
+    "expert_parallel_size": {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": _OFF}]},
+    "plugins": {"anyOf": [{"type": ["array", "null"]}, {"const": ""}]},
     "pretraining_dataset": {"type": ["string", "object", "array", "boolean", "number", "null"]},
     "max_packed_sequence_len": {"anyOf": [{"type": "integer"}, {"enum": _OFF}]},
     "fsdp": {"anyOf": [{"type": ["string", "array"]}, {"enum": _OFF}]},
@@ -88,12 +88,15 @@ def json_schema() -> dict[str, Any]:
     for model in (schema, *schema.get("$defs", {}).values()):
         for name, its in model.get("properties", {}).items():
             forms = [_OTHER_FORMS[name]] if model is schema and name in _OTHER_FORMS else []
+            if model is schema and not takes_empty_text(Recipe.model_fields[name]):
+                forms.append({"const": ""})
             model["properties"][name] = _nullable(its, forms)
     entries, sharding = (schema["$defs"][name]["properties"] for name in ("Dataset", "FsdpConfig"))
     fields = schema["properties"]
     older = {name: how for name, how in READ_OTHERWISE.items() if name not in fields}
     fields |= {"extends": _EXTENDS, **_old(WORDS, fields), **_otherwise(older)}
     entries |= {**_old(DATASET_WORDS, entries), **_otherwise(DATASET_READ_OTHERWISE)}
+    entries["train_on_split"].pop("enum")  # beside the same `split` it is let pass
     sharding |= _otherwise(dict.fromkeys(OLD_OPTIONS, "of FSDP1, which FSDP2 stands in for"))
     sharding |= {f"fsdp_{name}": its for name, its in sharding.items()}
     return {

@@ -105,6 +105,8 @@ def keys_of_validation(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread
             yield "validation_leakage", "what is held back from `datasets` is not trained on"
         return
     keys = ("evals_per_epoch", "eval_sample_packing", "eval_sequence_len", "eval_batch_size")
+    if "val_set_size" not in given:  # beside 0 these are a fault
+        keys += ("eval_steps", *(() if recipe.eval_strategy == "no" else ("eval_strategy",)))
     for key in said(recipe, given, *keys, "eval_table_size", "validation_leakage"):
         yield key, "there is no validation data"
     if not recipe.eval_prompts:

@@ -45,6 +45,7 @@ _RENAMED = {
     "type_of_model": Renamed("model_type"),
     "sequence_parallel_degree": Renamed("context_parallel_size"),
     "context_parapllel_size": Renamed("context_parallel_size", "it is misspelt"),
+    "wandb_run_name": Renamed("wandb_name", "Axolotl has no such key and would ignore it"),
     "adam_eps": Renamed("adam_epsilon", "Axolotl has no such key and would ignore it"),
     "eval_table_max_new_tokens": Renamed("eval_max_new_tokens"),
 }
@@ -156,7 +157,7 @@ _REFUSED: dict[tuple[str, str], str] = {
         nonexpert_quantization dsv4_fp8_nonexpert_mode dsv4_fp4_grouped_mode dsv4_bf16_all
         gemma4_fp8_nonexpert gemma4_nf4_nonexpert nvfp4_merge_aware nvfp4_merge_aware_start_step""",
     (
-        "a model of weights in 1.58 bits is another kind of result, which no later stage here reads",
+        "weights of 1.58 bits are another kind of result, which no later stage here reads",
         "Remove it to train the weights in `bf16`",
     ): "use_onebitllms",
     (_NOT_YET.format("quantization-aware training or quantizing afterwards"), "Remove it"): """
@@ -236,6 +237,10 @@ READ_OTHERWISE: dict[str, str] = {
     "push_to_hub": "true is what `hub_model_id` says anyway; false takes that away",
     "max_packed_sequence_len": "read as `sample_packing` with `sequence_len`",
     "eta_min": "read as `cosine_min_lr_ratio`",
+    **dict.fromkeys(
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"),
+        "read as entries of `bnb_config_kwargs`",
+    ),
     "fsdp": "a list such as [full_shard, auto_wrap], read as `fsdp_config`",
     **dict.fromkeys(
         ("model_config", "overrides_of_model_config"),

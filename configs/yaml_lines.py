@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from regrow.configs.faults import Fault, Path, dotted
+from regrow.configs.faults import Fault, Notice, Path, dotted
 
 _MAX_VALUES = 20_000
 """Values in a recipe with its aliases opened; published ones have about 100. Guards against aliases
@@ -60,6 +60,7 @@ class Document:
     lines: dict[Path, int] = field(default_factory=dict)
     """Line of each key and list item, from 1."""
     faults: list[Fault] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
     readable: bool = True
     """False where nothing could be read at all."""
 
@@ -187,25 +188,33 @@ class _Reader:
                 continue
             where = (*path, key)
             if key in own:
-                if self._says_the_same(value_node, own[key], where):
-                    own[key] = self._value(value_node, where) if own[key] is None else own[key]
-                    continue
-                first = self.document.lines[where]
-                self._fault(where, key_node, f"written twice, first in line {first}", "Keep one")
+                own[key] = self._last(key_node, value_node, own[key], where)
                 continue
             self.document.lines[where] = key_node.start_mark.line + 1
             own[key] = self._value(value_node, where)
         return merged | own
 
-    def _says_the_same(self, node: Any, value: Any, path: Path) -> bool:
-        """Whether a key that is written twice says one thing; an empty value before says nothing,
-        and neither does one behind what is off."""
+    def _last(self, key: Any, node: Any, before: Any, path: Path) -> Any:
+        """What counts of a key that is written twice: of single values the last one, as for every
+        reader of YAML; an empty one behind another says nothing. Lists and maps are a fault."""
+        first = self.document.lines[path]
+        many = isinstance(before, (list, dict)) or not isinstance(node, yaml.ScalarNode)
+        if many and before is not None:
+            self._fault(path, key, f"written twice, first in line {first}", "Keep one")
+            return before
+        value = self._value(node, path)
+        line = key.start_mark.line + 1
+        if before is None or repr(value) == repr(before):
+            return value
         if value is None:
-            return True
-        if not isinstance(node, yaml.ScalarNode):
-            return False
-        again = self._value(node, path)
-        return repr(again) == repr(value) or (again is None and not value)
+            if before:
+                why = f"it is written twice, and line {line} gives no value"
+                self.document.notices.append(Notice("set", (dotted(path),), why, before))
+            return before
+        why = f"it is written twice, and the last counts: line {line}, not line {first}"
+        self.document.notices.append(Notice("set", (dotted(path),), why, value))
+        self.document.lines[path] = line
+        return value
 
     def _merged(self, node: Any, path: Path) -> dict[str, Any]:
         """What `<<:` brings in: a map, or several, of which the first wins."""

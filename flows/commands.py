@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from argparse import Namespace
@@ -221,6 +222,7 @@ def _import_the_rest() -> None:
     finally:
         gc.freeze()
         gc.enable()
+    atexit.register(gc.freeze)  # what the stages imported is not walked through at the end either
 
 
 def _print_end(session: Session, workplace: Workplace, shown: int | None) -> None:

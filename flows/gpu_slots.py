@@ -28,23 +28,27 @@ def gpus_of(stage: Stage) -> Iterator[None]:
     if not wanted or load_settings().prefect_api_url is None:
         yield
         return
-    _require(wanted)
+    if not _limited(wanted):
+        yield
+        return
     with concurrency(LIMIT, occupy=wanted, lease_duration=_LEASE_SECONDS, strict=False):
         yield
 
 
-def _require(wanted: int) -> None:
+def _limited(wanted: int) -> bool:
+    """Whether the server counts GPUs. Raises StageError when it has fewer than `wanted` in all."""
     with get_client(sync_client=True) as client:
         try:
             limit = client.read_global_concurrency_limit_by_name(LIMIT)
         except ObjectNotFound:
-            return
+            return False
     if limit.active and wanted > limit.limit:
         raise StageError(
             f"num_processes: this stage uses {wanted} GPUs, and all runs of this Prefect server "
             f"together have {limit.limit} (concurrency limit {LIMIT}); lower num_processes, or "
             "raise the limit (`regrow deploy --gpus N`)"
         )
+    return limit.active
 
 
 def _wanted(stage: Stage) -> int:

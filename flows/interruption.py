@@ -56,6 +56,16 @@ def remembered() -> Iterator[None]:
         os.close(writer)
 
 
+def _forget() -> None:
+    """In a forked child, whose signals (a pool that ends its workers) are none of its parent's."""
+    if _memory.reader is not None:
+        _memory.reader = None
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def look() -> None:
     """Do again what a signal's handler did, if that was swallowed; only in the main thread.
 

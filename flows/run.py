@@ -43,6 +43,14 @@ class FlowRun:
         """How the flow run ended, for the flow to return."""
 
     def __enter__(self) -> FlowRun:
+        try:
+            return self._opened()
+        except Exception as error:
+            if (told := without_secrets(error)) is not error:
+                raise told from None  # Prefect keeps the message of what ends a run
+            raise
+
+    def _opened(self) -> FlowRun:
         quiet_environment()  # a worker starts this flow without any command of ours
         workplace = Workplace(load_settings(), self._recipe.store)
         workplace.artifacts.store.check_writable()

@@ -138,11 +138,10 @@ def targets_are_layers(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
     lost = [name for name in targets if not _names_a_layer(name, modules, known, len(targets) == 1)]
     names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known.names))
     why = f"a model of the kind {model.kind} has no layer {', '.join(lost)}"
-    if lost and len(lost) == len(targets) and not recipe.lora_target_linear:
-        if not recipe.lora_target_parameters:
-            yield ("lora_target_modules",), why, f"Its layers are {names}"
-            return
-    if lost:
+    others = recipe.lora_target_linear or recipe.lora_target_parameters
+    if lost and len(lost) == len(targets) and not others:
+        yield ("lora_target_modules",), why, f"Its layers are {names}"
+    elif lost:
         yield Notice("note", ("lora_target_modules",), f"{why}; its layers are {names}")
     excluded = recipe.lora_exclude_modules
     for name in excluded:

@@ -55,6 +55,7 @@ def pruning_is_relora_s(recipe: Recipe, given: frozenset[str]) -> Iterator[Breac
     "load_best_model_at_end",
     "fsdp_config",
     "deepspeed",
+    "tensor_parallel_size",
 )
 def rounds_sum_up(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Rounds are summed up to one adapter: what is not a plain product of two matrices is not."""
@@ -78,6 +79,9 @@ def rounds_sum_up(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     for key in ("fsdp_config", "deepspeed"):
         if getattr(recipe, key):
             yield (key,), "`relora` was not made for sharded models", "Remove it: DDP works"
+    if recipe.tensor_parallel_size > 1:
+        why = "`relora` was not made for divided layers"
+        yield ("tensor_parallel_size",), why, "Remove it: DDP works"
 
 
 RULES = (relora_is_complete, pruning_is_relora_s, rounds_sum_up)

@@ -67,8 +67,8 @@ def validating_by_steps_has_steps(recipe: Recipe, given: frozenset[str]) -> Iter
 
 @rule("eval_strategy", "eval_steps", "val_set_size", "test_datasets")
 def validating_needs_data(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """A recipe that asks for validation says on what. (evals_per_epoch alone is let pass with a
-    notice: published recipes keep it beside `val_set_size: 0`.)"""
+    """A recipe that asks for validation does not take the data away. (evals_per_epoch is let pass
+    with a notice: published recipes keep it beside `val_set_size: 0`.)"""
     if recipe.validates:
         return
     for key in ("eval_steps", "eval_strategy"):

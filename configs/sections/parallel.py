@@ -74,7 +74,8 @@ class ParallelSection(Section):
     """Which of Regrow's kernels compute the model: `auto`, all of them on a GPU and none elsewhere;
     `off`; or a list of `attention` (Q, K, V and output with LoRA, rotary embedding), `mlp` (the
     gated MLP with LoRA), `experts`, `rms_norm` and `cross_entropy` (the head on supervised tokens
-    alone), which then run on any device; with `auto` before them, on a GPU alone. The result is the same up to rounding. Default `auto`."""
+    alone), which then run on any device; with `auto` before them, on a GPU alone. The result is the
+    same up to rounding. Default `auto`."""
 
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's configuration: in place, as the path of a JSON file, or as the name of one that

@@ -60,7 +60,7 @@ def wish_of_job(spec: TrainSpec, placement: TrainPlacement, facts: Facts) -> Wis
         kernels=_kernels(placement) if facts.kernels is None else facts.kernels,
         bits=quantization.bits if quantization else 16,
         double_quant=bool(settings.get("bnb_4bit_use_double_quant")),
-        quantized_experts=bool(getattr(quantization, "experts", False)),
+        quantized_experts=bool(quantization and quantization.experts),
         dtype_bytes=HALF if spec.dtype == "bfloat16" else FULL,
         division=division,
     )

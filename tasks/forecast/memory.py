@@ -151,18 +151,24 @@ def _fused_weights(setting: Setting) -> Iterator[Weight]:
             yield weight
 
 
-def _trained_tensors(setting: Setting) -> Iterator[tuple[tuple[int, ...], bool]]:
+def _trained_tensors(setting: Setting) -> Iterator[tuple[tuple[int, ...], str]]:
     trainable = setting.trainable
     for weight in setting.shape.weights:
         if weight.name in trainable.names:
-            yield weight.shape, weight.kind == "embedding"
+            yield weight.shape, _end(weight)
         rank = trainable.ranks.get(weight.name)
         if rank:
             experts = weight.shape[0] if len(weight.shape) == 3 else 1
-            yield (rank * experts, weight.shape[-1]), False
-            yield (weight.shape[-2], rank * experts), False
+            yield (rank * experts, weight.shape[-1]), ""
+            yield (weight.shape[-2], rank * experts), ""
     if trainable.whole:
-        yield (trainable.whole // setting.shape.hidden, setting.shape.hidden), True
+        yield (trainable.whole // setting.shape.hidden, setting.shape.hidden), "embedding"
+
+
+def _end(weight: Weight) -> str:
+    if weight.kind == "embedding":
+        return "embedding"
+    return "head" if weight.module == "lm_head" else ""
 
 
 def _gradients(setting: Setting) -> tuple[float, float]:

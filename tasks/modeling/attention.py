@@ -1,9 +1,8 @@
 """Gives Transformers the packed attention under the name "regrow_packed".
 
-Where a row lies on several processes, `context_parts` says so (`context_parallel`).
-
 It is for packed rows only: a call without `cu_seq_lens_q` (generation, padded batches, a key-value
 cache) is an error, since the result would be wrong; load with attention="sdpa" for those.
+Where a row lies on several processes, `context_parts` says so (`context_parallel`).
 
 Shape legend: T tokens, N query heads, K key-value heads, H head size.
 """
@@ -67,9 +66,7 @@ def packed_attention_forward(
             f"the model asks for attention dropout {dropout}, which {NAME!r} does not have; "
             "set it to 0 in the model's config.json"
         )
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention {NAME!r} has no {name!r}, which this model needs")
+    _check_other_arguments(kwargs)
     query, key, value = _in_autocast_dtype(query_1NTH, key_1KTH, value_1KTH)
     q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
     options: dict[str, Any] = {
@@ -84,6 +81,12 @@ def packed_attention_forward(
     else:
         out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q, **options)
     return out_TNH.unsqueeze(0), None
+
+
+def _check_other_arguments(given: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        if given.get(name) is not None:
+            raise ValueError(f"attention {NAME!r} has no {name!r}, which this model needs")
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

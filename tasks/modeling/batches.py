@@ -77,7 +77,8 @@ def flatten(
 
 def _padding(tokens: int, pad_to: int | None, multiple_of: int) -> int:
     if pad_to is None:
-        return -tokens % multiple_of if tokens else max(_DUMMY_TOKENS, multiple_of)
+        some = tokens or _DUMMY_TOKENS
+        return some + -some % multiple_of - tokens
     if tokens > pad_to:
         raise ValueError(f"the rows hold {tokens} tokens, more than pad_to={pad_to}")
     return pad_to - tokens

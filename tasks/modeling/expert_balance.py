@@ -33,7 +33,7 @@ class Routers:
     """
 
     def __init__(self, model: Any, coefficient: float | None = None) -> None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
         own = getattr(config, "router_aux_loss_coef", None)
         # The model's own attribute where the configuration has it under another name (DBRX).
@@ -111,12 +111,13 @@ def balance_losses(logits: Sequence[Tensor], row_lengths: Sequence[int], top_k: 
     row_of_token = torch.repeat_interleave(rows_R, lengths_R, output_size=tokens)
     counts_RE = torch.zeros(len(row_lengths), experts, device=device)
     sums_RE = torch.zeros_like(counts_RE)
+    # Layers before the first trained one have none, rightly.
+    if torch.is_grad_enabled() and not any(layer.requires_grad for layer in logits):
+        raise StageError(
+            "output_router_logits: no router gives a gradient; with "
+            "gradient_checkpointing_kwargs: {use_reentrant: true} there is none, use false"
+        )
     for layer in logits:
-        if torch.is_grad_enabled() and not layer.requires_grad:
-            raise StageError(
-                "output_router_logits: the routers of a layer give no gradient; with "
-                "gradient_checkpointing_kwargs: {use_reentrant: true} there is none, use false"
-            )
         probabilities_TE = layer.reshape(-1, experts)[:tokens].softmax(-1).float()
         chosen_TK = probabilities_TE.topk(top_k, dim=-1).indices
         one_hot_TE = torch.zeros_like(probabilities_TE).scatter(1, chosen_TK, 1.0)

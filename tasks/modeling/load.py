@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ def load_model(
 def _keep_gradients(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes' 4-bit layers change their form in a validation and
     keep it when training goes on, where that form gives wrong gradients without a word (0.50)."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.__setattr__("support_avx512bf16_for_cpu", False)
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def random_model(

@@ -248,7 +248,9 @@ def _quantize_op(linear: Any, bits: int, config: Any) -> Any:
     settings = {name: getattr(config, name, None) for name in _OF_NF4}
 
     class Quantize(ConversionOps):
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, input_dict: dict[str, Any], **kwargs: Any
+        ) -> dict[str, Any]:
             found = {}
             for name, value in input_dict.items():
                 weights = value[0] if isinstance(value, list) else value

@@ -65,14 +65,13 @@ class Rounds:
             seed: of the new first values; the same on every rank.
         """
         self._freeze_into_model(self._dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for _, layer in _adapted(self._model):
-                fresh = torch.empty_like(layer.lora_A[TRAINED].weight, device="cpu")
-                # As PEFT's own first values.
-                torch.nn.init.kaiming_uniform_(fresh, a=5**0.5)
-                layer.lora_A[TRAINED].weight.data.copy_(fresh)
-                layer.lora_B[TRAINED].weight.data.zero_()
+        generator = torch.Generator().manual_seed(seed)
+        for _, layer in _adapted(self._model):
+            fresh = torch.empty_like(layer.lora_A[TRAINED].weight, device="cpu")
+            # As PEFT's own first values.
+            torch.nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
+            layer.lora_A[TRAINED].weight.data.copy_(fresh)
+            layer.lora_B[TRAINED].weight.data.zero_()
 
     def write(self, path: Path) -> None:
         """All finished rounds in one safetensors file."""

@@ -32,8 +32,17 @@ def check_adapter(init: bool | str, dora: bool, trained_whole: bool) -> None:
         raise StageError("tensor_parallel_size: DoRA needs the length of whole rows")
     if trained_whole:
         raise StageError(
-            "tensor_parallel_size: lora_modules_to_save and peft_trainable_token_indices copy whole "
-            "layers; train without them, or use `fsdp_config`"
+            "tensor_parallel_size: lora_modules_to_save, lora_target_parameters and "
+            "peft_trainable_token_indices need whole layers; remove them, or use `fsdp_config`"
+        )
+
+
+def check_vocabulary(model: Any, tokens: int) -> None:
+    """Raises StageError where the embedding would have to grow, which is divided."""
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        raise StageError(
+            f"tensor_parallel_size: the tokenizer has {tokens} tokens, more than the base model's "
+            "embedding, and a divided one cannot grow; use `fsdp_config`"
         )
 
 

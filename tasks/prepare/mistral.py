@@ -44,7 +44,7 @@ def save_mistral_tokenizer(place: str, out: Path) -> SavedTokenizer:
         raise StageError(
             f"{_KEY}: this needs the package mistral-common: pip install 'regrow[mistral]'"
         )
-    from transformers.integrations.mistral import convert_tekken_tokenizer
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
     directory = hub.local_directory(place, "model", (_TEKKEN,))
     if not (directory / _TEKKEN).is_file():

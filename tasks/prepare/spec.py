@@ -152,8 +152,7 @@ class PrepareSpec:
             leakage=recipe.validation_leakage if tests else "drop",
             row_order=_row_order(recipe),
             deduplicate=recipe.dataset_exact_deduplication,
-            shard_num=recipe.dataset_shard_num or 1,
-            shard_idx=recipe.dataset_shard_idx or 0,
+            **_shard(recipe),
             stream_rows=_stream_rows(recipe),
             seed=recipe.seed,
             mistral_common=recipe.tokenizer_use_mistral_common,
@@ -173,6 +172,11 @@ class PrepareSpec:
     def validates(self) -> bool:
         """Whether there is a validation split."""
         return bool(self.test_datasets) or self.val_set_size > 0
+
+
+def _shard(recipe: Any) -> dict[str, int]:
+    number, index = recipe.dataset_shard_num or 1, recipe.dataset_shard_idx or 0
+    return {"shard_num": number, "shard_idx": index}
 
 
 @dataclass(frozen=True)

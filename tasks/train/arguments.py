@@ -52,8 +52,9 @@ def training_arguments(
         "lr_scheduler_type": "constant",  # the real one: `Optimization.create_scheduler`
         "metric_for_best_model": "loss",  # what a plateau is looked for in
         "weight_decay": spec.weight_decay,
-        "adam_beta1": spec.adam_beta1,
-        "adam_beta2": spec.adam_beta2,
+        # torch takes no whole number beside a fraction, and JSON has written 0.0 as 0.
+        "adam_beta1": float(spec.adam_beta1),
+        "adam_beta2": float(spec.adam_beta2),
         "adam_epsilon": spec.adam_epsilon,
         "max_grad_norm": spec.max_grad_norm,
         "average_tokens_across_devices": True,

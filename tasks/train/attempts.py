@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from regrow.infra.launch import WorkerFailed
 from regrow.tasks.stage import Reporter, StageError
@@ -79,6 +80,13 @@ class Attempts:
 
     def _after_memory(self, failure: WorkerFailed) -> None:
         place = self.job.placement
+        if place.gradient_checkpointing == "auto":  # what was made out for it was wrong
+            self._report.log(
+                "the device has too little memory for what gradient_checkpointing: auto chose: "
+                "going on with all of each layer computed again (the result is the same)"
+            )
+            self._change(gradient_checkpointing=True)
+            return
         if not place.retry_on_oom or place.micro_batch_size == 1:
             raise StageError(memory_advice(failure, self.job)) from failure
         half = place.micro_batch_size // 2
@@ -98,7 +106,7 @@ class Attempts:
         self._left -= 1
         self._report.log(f"the worker is started again: {why}; its output: {failure.log_path}")
 
-    def _change(self, **changes: float) -> None:
+    def _change(self, **changes: Any) -> None:
         placement = dataclasses.replace(self.job.placement, **changes)
         self.job = dataclasses.replace(self.job, placement=placement)
 
@@ -132,6 +140,8 @@ def memory_advice(failure: WorkerFailed, job: WorkerJob) -> str:
         )
     if not place.gradient_checkpointing:
         ways.append("set gradient_checkpointing: true")
+    elif place.gradient_checkpointing != "offload":
+        ways.append("set gradient_checkpointing: offload")
     ways.append("lower sequence_len")
     if job.spec.adapter is None:
         ways.append("train an adapter (adapter: lora)")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from regrow.tasks.forecast.setting import FULL_LAYERS, NONE
 from regrow.tasks.forecast.trainable import UnknownTargetsError
 from regrow.tasks.modeling.kernels import Swapped
 from regrow.tasks.modeling.row_sizes import read_sizes
+from regrow.tasks.modeling.side_by_side import is_attached
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.order import Split
 
@@ -55,16 +58,17 @@ class Fit:
         return found
 
 
-def fit(
-    job: WorkerJob, config: Any, kernels: Swapped, split: Split, args: TrainingArguments
-) -> Fit:
+def fit(job: WorkerJob, model: Any, kernels: Swapped, split: Split, args: TrainingArguments) -> Fit:
     """What the placement's gradient checkpointing means here; every rank must call it.
 
     Args:
-        config: of the model, as it is trained.
+        model: as it is trained.
     """
     room = smallest_room(args) if args.device.type == "cuda" else None
-    wish, unknown = _wish(job, config, kernels, split, args.world_size)
+    if is_attached(model):
+        wish, unknown = None, "it computes examples side by side, which is not counted yet"
+    else:
+        wish, unknown = _wish(job, model.config, kernels, split, args.world_size)
     found = [decide(job.placement.gradient_checkpointing, wish, unknown, room)]
     if args.world_size > 1:  # one for all, though their libraries might differ
         torch.distributed.broadcast_object_list(found, src=0, device=args.device)
@@ -146,6 +150,22 @@ def smallest_room(args: TrainingArguments) -> Room:
     return Room(device, host)
 
 
-def _host_memory() -> float:
-    """Bytes that the host has free."""
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def _host_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process may still take: what the host has free, and its container's limit."""
+    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min([free, *(_left_of(groups / limit, groups / used) for limit, used in _LIMITS)])
+
+
+# Control groups of Linux, version 2 and 1: (limit, what is used of it).
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def _left_of(limit: Path, used: Path) -> float:
+    """The rest of a limit in bytes, files that are cached and can go counted as used."""
+    if not (limit.is_file() and used.is_file()):
+        return math.inf
+    text = limit.read_text().strip()
+    return math.inf if text == "max" else float(text) - float(used.read_text())

@@ -95,7 +95,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         self._pad_to = None
         if pad_to is not None:
             whole = pad_to * split.micro_batch_size
-            self._pad_to = whole + (-whole % multiple_of if context[1] > 1 else 0)
+            self._pad_to = whole + -whole % multiple_of
         self._multiple_of = multiple_of
 
     def __len__(self) -> int:

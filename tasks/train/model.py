@@ -41,6 +41,7 @@ from regrow.tasks.modeling.rows import PackedRows, Row
 from regrow.tasks.modeling.side_by_side import is_attached
 from regrow.tasks.modeling.tensor_parallel import (
     check_adapter,
+    check_vocabulary,
     name_whole_sizes,
     take_first_values,
 )
@@ -85,7 +86,10 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
     spec = job.spec
     model = _base(job, whole=whole)
     use_cache = bool(getattr(model.config, "use_cache", True))
-    new_tokens = grow_embeddings(model, len(load_tokenizer(job.prepared / "tokenizer")))
+    known = len(load_tokenizer(job.prepared / "tokenizer"))
+    if job.placement.sharding.tensor_parallel_size > 1 and not whole:
+        check_vocabulary(model, known)
+    new_tokens = grow_embeddings(model, known)
     set_seed(spec.seed)
     partly: frozenset[str] = frozenset()
     first_values = None
@@ -120,6 +124,10 @@ def _check_side_by_side(model: Any, job: WorkerJob) -> None:
         raise StageError(f"output_router_logits: {why}; remove it")
     if job.placement.sharding.context_parallel_size > 1:
         raise StageError(f"context_parallel_size: {why}; remove it")
+    if job.spec.neftune_noise_alpha:
+        raise StageError(f"neftune_noise_alpha: {why}; remove it")
+    if job.placement.gradient_checkpointing == "offload":
+        raise StageError(f"gradient_checkpointing: offload: {why}; use true")
 
 
 def _base(job: WorkerJob, *, whole: bool) -> Any:

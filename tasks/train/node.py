@@ -59,7 +59,7 @@ def _get_ready(
         if here.exists():  # of machine 0's run before, which had an attempt of that number too
             shutil.rmtree(here)
         job = localize(call, here)
-    except Exception as error:  # noqa: BLE001 (machine 0 is told, whatever it is, and says it)
+    except Exception as error:  # machine 0 is told, whatever it is, and says it
         known = isinstance(error, (StageError, ValueError, OSError))
         logger.error("%s", error, exc_info=not known)
         told = str(error) if known else f"{type(error).__name__}: {error}"
@@ -82,7 +82,7 @@ def _take_part(
         with contextlib.suppress(Lost):  # machine 0 may be told to stop at the same moment
             meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
         raise
-    except Exception as error:  # noqa: BLE001 (machine 0 would wait for an end that never comes)
+    except Exception as error:  # machine 0 would wait for an end that never comes
         logger.exception("this machine's part failed")
         ended = Ended(failure_of(f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
     finally:

@@ -19,6 +19,7 @@ from regrow.infra.launch import world_size
 from regrow.tasks.modeling.context_parallel import ContextGroup, check_divides
 from regrow.tasks.modeling.tensor_parallel import check_accumulation
 from regrow.tasks.stage import StageError
+from regrow.tasks.train.optimizers import divides_parameters
 from regrow.tasks.train.order import choose_split
 from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
@@ -68,11 +69,35 @@ def _check_tensor_parallel(spec: TrainSpec, placement: TrainPlacement, processes
         )
     if spec.quantization is not None:
         raise StageError("tensor_parallel_size: a quantized base cannot be divided; use DDP")
+    others = _not_divided(spec)
+    if others:
+        raise StageError(
+            f"tensor_parallel_size: with divided layers there is no {', '.join(others)}; remove "
+            "it, or use `fsdp_config`"
+        )
     if not _accelerate_takes_it(placement.device):
         raise StageError(
-            "tensor_parallel_size: Accelerate's ParallelismConfig takes it on GPUs only; on the CPU "
-            "use `fsdp_config`"
+            "tensor_parallel_size: Accelerate's ParallelismConfig takes it on GPUs only; use "
+            "`fsdp_config` on the CPU"
         )
+
+
+def _not_divided(spec: TrainSpec) -> list[str]:
+    """What of a spec needs whole layers, or one kind of tensors in a group of the optimizer."""
+    asked = {
+        f"optimizer: {spec.optimizer}": spec.optimizer not in _BY_ELEMENT,
+        "learning rate for some layers": divides_parameters(spec),
+        "unfrozen_parameters": spec.unfrozen,
+        "reinit_weights": spec.reinit_weights,
+        "relora": spec.relora,
+        "output_router_logits": spec.router_aux_loss,
+        "lora_model_dir": spec.adapter and spec.adapter.start,
+    }
+    return [name for name, value in asked.items() if value]
+
+
+# Optimizers that take each number by itself, so that a part of a matrix is like any other.
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def _accelerate_takes_it(device: str) -> bool:

@@ -120,13 +120,15 @@ def _values(state: dict[str, Any]) -> Tensor:
     moment: Tensor = state["state1"]
     if moment.dtype != torch.uint8:
         return moment
-    scales = state["absmax1"].repeat_interleave(_BLOCK)[: moment.numel()]
-    return (state["qmap1"][moment.flatten().int()] * scales).view_as(moment)
+    table, scales = state["qmap1"], state["absmax1"].repeat_interleave(_BLOCK)
+    codes = moment.flatten().to(table.device).int()
+    return (table[codes] * scales[: moment.numel()]).view_as(moment)
 
 
 def _zero_code(state: dict[str, Any], number: str, chosen: Tensor) -> None:
     """Zero where `chosen`; in 8 bits that is the code which the table takes for 0."""
     moment: Tensor = state[f"state{number}"]
+    chosen = chosen.to(moment.device)  # a paged one counts as the host's, its table does not
     in_codes = moment.dtype == torch.uint8
     moment[chosen] = state[f"qmap{number}"].abs().argmin().to(torch.uint8) if in_codes else 0
 

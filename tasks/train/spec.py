@@ -164,10 +164,7 @@ class TrainSpec:
             adam_epsilon2=recipe.adam_epsilon2,
             max_grad_norm=recipe.max_grad_norm,
             neftune_noise_alpha=recipe.neftune_noise_alpha,
-            label_smoothing=recipe.label_smoothing_factor,
-            z_loss=recipe.z_loss_coefficient,
-            router_aux_loss=recipe.output_router_logits,
-            router_aux_loss_coef=recipe.router_aux_loss_coef,
+            **_loss_terms(recipe),
             keep_best=recipe.load_best_model_at_end,
             early_stopping_patience=recipe.early_stopping_patience,
             validation=_validation(recipe) if plateau or recipe.load_best_model_at_end else None,
@@ -190,6 +187,16 @@ class TrainSpec:
         }
         lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
         return cls(**{**data, **lists, **parts})
+
+
+def _loss_terms(recipe: Recipe) -> dict[str, Any]:
+    """What the loss has beside cross entropy."""
+    return {
+        "label_smoothing": recipe.label_smoothing_factor,
+        "z_loss": recipe.z_loss_coefficient,
+        "router_aux_loss": recipe.output_router_logits,
+        "router_aux_loss_coef": recipe.router_aux_loss_coef,
+    }
 
 
 def _row_order(recipe: Recipe) -> str:

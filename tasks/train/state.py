@@ -142,8 +142,13 @@ class TorchEngine:
                 numbers.append(number)
                 number += 1
             kept = {name: value for name, value in saved.items() if name != "names"}
-            placed.append(kept | {"params": numbers})
+            here = {name: live[name] for name in _HOW if name in live}
+            placed.append(kept | here | {"params": numbers})
         self._optimizer.load_state_dict({"state": state, "param_groups": placed})
+
+
+_HOW = ("fused", "foreach", "capturable", "differentiable")
+"""Of an optimizer's group: how this process computes, whatever the one that saved it did."""
 
 
 def _others(stored: Stored) -> Mapping[str, Mapping[str, Any]]:

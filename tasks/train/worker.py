@@ -94,24 +94,21 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     if start:
         course = _resumed(job, args, course, start)
     meter = Meter(Totals.read(start.directory / TOTALS_FILE) if start else Totals())
-    with whole_model_loading(args):
-        trained = build_model(job)
-    share_rows(trained.model, job.placement.sharding, course.split.accumulation)
-    fitted = fit(job, trained.model.config, trained.kernels, course.split, args)
+    trained = _model(job, args, course.split)
+    fitted = fit(job, trained.model, trained.kernels, course.split, args)
     recompute_layers(trained.model, fitted.policy, job.placement.use_reentrant)
     trainer = _build_trainer(job, args, course, trained, fitted, meter, rows, start, reader)
     best = _keep_best(job, start, trainer, args.process_index)
     relora = _relora(job, start, trained, args.process_index)
     ranks = Ranks.of(args)
-    limit = job.placement.time_limit
-    stop = StopEarly(ranks, begin + limit if limit else None, checkpoints is not None)
+    limit = begin + job.placement.time_limit if job.placement.time_limit else None
+    stop = StopEarly(ranks, limit, checkpoints is not None)
     with ExitStack() as stack:
         recorder = _open_recorder(job, args, course, start, stack)
         saver = _open_saver(job, ranks, checkpoints, stack)
         for callback in (
             *_early_callbacks(job, args, start, trainer, ranks, stack),
-            *([best] if best else []),
-            *([relora] if relora else []),
+            *(callback for callback in (best, relora) if callback),
             *_callbacks(job, course, trainer, saver, meter, recorder),
             stop,
             *callbacks,
@@ -128,6 +125,13 @@ def train(job: WorkerJob, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 
 
 # ---- before ----
+
+
+def _model(job: WorkerJob, args: TrainingArguments, split: Split) -> TrainedModel:
+    with whole_model_loading(args):
+        trained = build_model(job)
+    share_rows(trained.model, job.placement.sharding, split.accumulation)
+    return trained
 
 
 def _arguments(job: WorkerJob) -> TrainingArguments:

@@ -3,6 +3,20 @@
     python tests/bench/gpu_parallel.py --out OUT            on a machine with two GPUs
     python tests/bench/gpu_parallel.py --out OUT --tiny     the same on two CPU ranks, in small
 
+The matrix of the bar, and what is to be measured for FSDP2's scaling, each in one GPU session on
+two H200 (about 40 s a case):
+
+    python tests/bench/gpu_parallel.py --out OUT --only matrix
+        {DDP, FSDP2, ZeRO-3, CP=2, TP=2} x {LoRA, QLoRA, full}, and one GPU for each kind
+    python tests/bench/gpu_parallel.py --out OUT --only weak
+        full: one GPU with half the rows; FSDP2 on two as it is, with `reshard_after_forward` off,
+        and with two rows in each micro-batch
+
+Full training with FSDP2 gathers float32 weights twice for each micro-batch (forward and backward)
+and lets gradients wait whole, in float32, for the last one: found by reading Accelerate 1.15's
+`fsdp2_prepare_model` and the Trainer's `no_sync`. The first setting takes one of the gathers away,
+for all weights held whole; the second halves how often they happen.
+
 Random weights in the shape of Llama-3.1-8B with fewer layers; random rows. Every run is the real
 worker in processes of its own. The global batch is the same on one GPU and on two, so that the
 losses can be compared; scaling is then harder than weak scaling, where each GPU keeps its work.
@@ -19,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +45,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrow.infra.launch import WorkerFailed, run_workers
+from regrow.tasks.modeling.quantization import Quantization
 from regrow.tasks.modeling.rows import SCHEMA
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
 from regrow.tasks.train.metrics import read_metrics
@@ -43,7 +59,24 @@ FSDP = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "state_dict_type": "FULL_STATE_DICT",
 }
-WAYS = {"ddp": Sharding(), "fsdp2": Sharding(fsdp=FSDP)}
+DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"
+WAYS = {
+    "ddp": Sharding(),
+    "fsdp2": Sharding(fsdp=FSDP),
+    "fsdp2-kept": Sharding(fsdp=FSDP | {"reshard_after_forward": False}),
+    "zero3": Sharding(deepspeed=json.loads((DEEPSPEED / "zero3_bf16.json").read_text())),
+    "cp": Sharding(fsdp=FSDP, context_parallel_size=2),
+    "tp": Sharding(tensor_parallel_size=2),
+}
+NF4 = Quantization(
+    4,
+    {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "bfloat16",  # FSDP2 divides no others
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +161,22 @@ def make_rows(size: Size, out: Path) -> None:
 
 
 def measure(
-    size: Size, place: Path, name: str, ranks: int, way: str, kind: str, saving: Cadence, steps: int
+    size: Size,
+    place: Path,
+    name: str,
+    ranks: int,
+    way: str,
+    kind: str,
+    saving: Cadence,
+    steps: int,
+    micro_batch_size: int = 1,
+    rows: int | None = None,
 ) -> dict[str, Any]:
-    """One training; its losses, rate, memory and the time it waited for checkpoints."""
+    """One training; its losses, rate, memory and the time it waited for checkpoints.
+
+    Args:
+        rows: of a step; None: as `size` says.
+    """
     work = place / "runs" / name
     work.mkdir(parents=True)
     whole = kind == "full"
@@ -138,7 +184,8 @@ def measure(
         spec=TrainSpec(
             base_model_digest="0" * 64,
             dtype="bfloat16",
-            global_batch_size=size.rows,
+            global_batch_size=rows or size.rows,
+            quantization=NF4 if kind == "qlora" else None,
             num_epochs=1,
             max_steps=steps,
             learning_rate=1e-5 if whole else 1e-4,
@@ -149,7 +196,7 @@ def measure(
         placement=TrainPlacement(
             base_model=str(place / "model"),
             num_processes=ranks,
-            micro_batch_size=1,
+            micro_batch_size=micro_batch_size,
             saving=saving,
             save_total_limit=1,
             gradient_checkpointing=True,
@@ -222,6 +269,12 @@ def main() -> None:
         ("full-fsdp2-2", 2, "fsdp2", "full", never, size.steps),
         # Far enough apart that one is stored before the next is taken.
         ("full-fsdp2-2-saving", 2, "fsdp2", "full", Cadence(steps=4 * size.steps), 6 * size.steps),
+        *matrix(size, never),
+        # Weak scaling: each GPU keeps its work.
+        ("weakfull-1", 1, "ddp", "full", never, size.steps, 1, size.rows // 2),
+        ("weakfull-fsdp2-2", 2, "fsdp2", "full", never, size.steps),
+        ("weakfull-fsdp2-kept-2", 2, "fsdp2-kept", "full", never, size.steps),
+        ("weakfull-fsdp2-two-rows-2", 2, "fsdp2", "full", never, size.steps, 2),
     ]
     found: dict[str, dict[str, Any]] = {}
     with (options.out / "gpu_parallel.jsonl").open("w") as file:
@@ -236,6 +289,15 @@ def main() -> None:
             if "error" in record:
                 shutil.copyfile(options.place / f"{case[0]}.log", options.out / f"{case[0]}.log")
     sys.exit(any("error" in record for record in found.values()))
+
+
+def matrix(size: Size, never: Cadence) -> Iterator[tuple[Any, ...]]:
+    """Every way on two GPUs with every kind that it takes; one GPU first, to compare with."""
+    for kind in ("lora", "qlora", "full"):
+        yield f"matrix{kind}-1", 1, "ddp", kind, never, size.steps
+        for way in ("ddp", "fsdp2", "zero3", "cp", "tp"):
+            if not (way == "tp" and kind == "qlora"):  # refused: a quantized base is not divided
+                yield f"matrix{kind}-{way}-2", 2, way, kind, never, size.steps
 
 
 def line(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:

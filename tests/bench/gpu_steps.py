@@ -10,22 +10,44 @@ from the link tree; the random models are made once, in memory if /dev/shm is la
 A run is `WORKLOAD[:option=value...]`; each is a process of its own that calls the worker's `train`
 on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joined by +), `gc` (0, 1,
 auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
-micro-batch), `dropout`, `lora`, `profile=1` (two more steps under torch.profiler). `--tiny` runs
+micro-batch), `dropout`, `lora`, `log` (steps between lines of the log; each waits for the device),
+`doc` (tokens of every document), `profile=1` (two more steps under torch.profiler). `--tiny` runs
 everything on the CPU with layers of width 64: it proves the way and measures nothing.
+LONG is one row of 400,000 tokens of chat-like documents; `LONG:doc=400000` is one document.
 
-W2 wants the package bitsandbytes. Peers in the same call, taking turns with ours on one card (copy
-the shared harness to an ignored folder first, and carry it and its wheels):
-
-    echo /.peers/ >> .git/info/exclude; cp -r ../shared/bench .peers
-    python -m tests.bench.gpu_steps ... W1 peer:W1:unsloth-nogc W3 peer:W3:trl-fa2-liger-nogc
-
-`peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that load
-from disk find the models of `--models` under the same names.
+W2 and LONG want the package bitsandbytes. Peers in the same call, taking turns with ours on one
+card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that
+load from disk find the models of `--models` under the same names.
 
 `curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same in
 micro-batches half as large, and with them: the first two differ by the noise of rounding alone.
 
-    python -m tests.bench.gpu_steps ... curve:W3:layers=4
+The session on a lent H100 (30 device minutes), in four calls right after each other: the machine
+and /dev/shm last 30 s between two. Before it, here (wheels: ../shared/bench/README.md; 64 MiB in
+all, so bitsandbytes stripped to its library for CUDA 13):
+
+    for d in .peers .whl; do grep -qx /$d/ .git/info/exclude || echo /$d/ >> .git/info/exclude; done
+    cp -r ../shared/bench .peers     # then fill .whl, and name both in `carry`
+
+Every command begins with P:
+
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target /tmp/site .whl/*.whl; export PYTHONPATH=/tmp/site:$PWD/infra/typing:$PWD \
+        PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True;
+    S="python3 -m tests.bench.gpu_steps --models /dev/shm/models --out $OUT/steps.jsonl"
+
+    1  330 s  P; timeout 200 python3 -m pytest -q -x tests/kernels -m gpu -p no:cacheprovider &&
+              timeout 120 python3 -m regrow.kernels.bench.run --out $OUT/ops.jsonl; (pytest 130 s)
+              timeout 200 $S W1:layers=4:profile=1 W3:layers=2 W4:layers=1 W2:layers=1 (25 s each)
+    2  520 s  P; $S W1 peer:W1:unsloth-nogc W1:profile=1 W1:gc=1 peer:W1:unsloth W1:gc=selective
+              (the first makes the model: 40 s; ours 50 s, a peer 75 s; `--limit 120`)
+    3  560 s  P; $S W3 peer:W3:trl-fa2-liger-nogc W3:profile=1 W3:log=1 W2 peer:W2:unsloth-nogc
+              W2:gc=1 peer:W2:unsloth W4 peer:W4:moe-grouped-elora (45 to 75 s each)
+    4  400 s  P; $S curve:W3:layers=4 W4:profile=1 && timeout 240 $S --limit 230 LONG:seq=250000
+              LONG (curve 150 s; the host's pinned memory is what LONG wants most: 98 GiB)
+
+What is red in call 1 is mended before call 2: give the machine back meanwhile. What each part of a
+step should take stands in `kernels/bench/expected-h100.md`; hold the profiles against it.
 
 Documents have lognormal lengths (median 350, mean about 490, 16 to 4096), of each 45 to 85 % is
 supervised. Rates count real tokens, the median over timed steps. MFU counts the least work: 4
@@ -89,12 +111,13 @@ def shown(found: dict[str, Any]) -> str:
     if not found.get("ok"):
         return f"{found['run']:34} FAILED {found.get('error', '')}"
     kernels = found.get("kernels", {}).get("swapped", {})
+    profile = found.get("profile", {})  # peers' have other names
     return (
-        f"{found['run']:34} {found['real_tok_s']:8,} tok/s (mean {found['real_tok_s_mean']:,}) "
+        f"{found['run']:34} {found['real_tok_s']:8,} tok/s (mean {found.get('real_tok_s_mean')}) "
         f"{found['step_ms']} ms, MFU {found['mfu']:.1%}, {found['alloc_gib']} GiB "
         f"(reserved {found['reserved_gib']}), loss {found['loss']:.4f}, probe {found.get('probe')}"
         + (f", kernels {kernels}" if kernels else "")
-        + (f"\n    {found['profile']['kinds_ms']}" if "profile" in found else "")
+        + (f"\n    {profile.get('kinds_ms', list(profile.items())[:1])}" if profile else "")
     )
 
 
@@ -141,9 +164,9 @@ def main() -> None:
             lines = [run_child(text, options, number)]
         for found in lines:
             found["date"] = time.strftime("%Y-%m-%d")
-            print(shown(found), flush=True)
             with options.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
+            print(shown(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def method(data: Any) -> str:
 
 _WHAT_HAPPENS_ANYWAY = (
     *(("tensor_parallel_size", 1), ("expert_parallel_size", 1), ("push_to_hub", True)),
+    *(("torch_dtype", "bfloat16"), ("resume_from_checkpoint", True)),
 )
 
 

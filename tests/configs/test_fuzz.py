@@ -224,7 +224,8 @@ ODD_TEXTS = [
     "seed: 010\n", "seed: 0x1F\n", "seed: 1_000\n", "seed: 2001-01-01\n", "seed: 1:30\n",
     "seed: .nan\n", "learning_rate: .inf\n", "seed: " + "9" * 6000 + "\n", "2: 3\n", "~: 3\n",
     "? {a: 1}\n: 2\n", "!!python/object:os.system x: 1\n", "seed: !!int x\n", "%YAML 1.3\n---\n",
-    '"\\ud800": 1\n', 'run_name: "\\0"\n', "extends: ~nobody-of-this-name\n", "extends: fuzz.yaml\n",
+    '"\\ud800": 1\n', 'run_name: "\\0"\n', "extends: ~nobody-of-this-name\n",
+    "extends: fuzz.yaml\n",
     "extends: " + "x" * 400 + "\n", "run_name: ${" + "A:-${" * 20_000 + "\n",
 ]  # fmt: skip
 

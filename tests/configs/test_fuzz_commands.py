@@ -1,4 +1,4 @@
-"""Whatever is done to a recipe or its model, `regrow validate` and `regrow plan` end with an answer."""
+"""Whatever is done to a recipe or its model, `regrow validate` and `regrow plan` have an answer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,12 @@ def planned_recipes(draw) -> dict[str, Any]:
     try:
         recipe = draw(changed_recipes())
         kept = draw(st.sampled_from(("base_model", "datasets", "val_set_size")))
-        return {**recipe, "base_model": "odd-model", "datasets": SEED["datasets"], kept: recipe.get(kept)}
+        return {
+            **recipe,
+            "base_model": "odd-model",
+            "datasets": SEED["datasets"],
+            kept: recipe.get(kept),
+        }
     except TypeError:
         return SEED
 

@@ -152,8 +152,8 @@ def test_a_key_missing_from_an_entry_is_found_by_the_entrys_line(faults_of, mini
 
 
 def test_duplicates_and_other_faults_are_reported_together(faults_of, minimal):
-    faults = faults_of(minimal + "seed: 1\nseed: 2\nnonsense: 1\n")
-    assert [(fault.line, fault.key) for fault in faults] == [(10, "seed"), (11, "nonsense")]
+    faults = faults_of(minimal + "tokens: [a]\ntokens: [b]\nnonsense: 1\n")
+    assert [(fault.line, fault.key) for fault in faults] == [(10, "tokens"), (11, "nonsense")]
 
 
 @pytest.mark.parametrize(

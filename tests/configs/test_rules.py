@@ -261,8 +261,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ("val_set_size: 9\neval_strategy: steps", "eval_strategy", "neither `eval_steps` nor"),
     ],
     "validating_needs_data": [
-        ("eval_steps: 10", "eval_steps", "there is no validation data"),
-        ("eval_strategy: epoch", "eval_strategy", "there is no validation data"),
+        ("val_set_size: 0\neval_steps: 10", "eval_steps", "there is no validation data"),
+        ("val_set_size: 0.0\neval_strategy: epoch", "eval_strategy", "there is no validation"),
     ],
     "steps_are_whole_or_a_share": [
         ("save_steps: 2.5", "save_steps", "a whole number, or a share"),
@@ -352,6 +352,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             ("peft_use_dora: true", "peft_use_dora", "only for plain LoRA"),
             ("peft_init_lora_weights: pissa", "peft_init_lora_weights", "begins at 0"),
             ("deepspeed: deepspeed_configs/zero2.json", "deepspeed", "sharded models"),
+            ("tensor_parallel_size: 2\nnum_processes: 2", "tensor_parallel_size", "divided layers"),
         )
     ],
     "learning_rates_are_said_once": [
@@ -440,7 +441,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "quantization_has_its_arguments": [
-        (LINEAR + "load_in_4bit: true\nbnb_config_kwargs: {bits: 4}", "bnb_config_kwargs.bits", "no such argument"),
+        (
+            LINEAR + "load_in_4bit: true\nbnb_config_kwargs: {bits: 4}",
+            "bnb_config_kwargs.bits",
+            "no such argument",
+        ),
     ],
     "stored_quantized_means_dequantized": [
         ("model_quantization_config: Mxfp4Config", "model_quantization_config", "dequantized"),

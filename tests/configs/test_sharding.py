@@ -107,8 +107,10 @@ def test_an_odd_deepspeed_file_is_a_fault(faults_of, minimal, tmp_path, content,
 
 
 def test_both_spellings_may_say_the_same(load, minimal):
-    line = "fsdp_version: 2\nfsdp_config: {fsdp_version: '2', fsdp_offload_params: true, offload_params: true}\n"
-    assert load(minimal + line).recipe.fsdp_config.offload_params
+    both = "{fsdp_version: '2', fsdp_offload_params: true, offload_params: true}"
+    assert load(
+        f"{minimal}fsdp_version: 2\nfsdp_config: {both}\n"
+    ).recipe.fsdp_config.offload_params
 
 
 def test_a_file_of_the_users_comes_first(load, minimal, tmp_path, monkeypatch):

@@ -89,6 +89,8 @@ CASES: dict[str, list[tuple[str, list[str], str]]] = {
         ("eval_sequence_len: 99", ["eval_sequence_len"], "there is no validation data"),
         ("eval_batch_size: 9", ["eval_batch_size"], "there is no validation data"),
         ("eval_table_size: 3", ["eval_table_size"], "there is no validation data"),
+        ("eval_steps: 9", ["eval_steps"], "there is no validation data"),
+        ("eval_strategy: epoch", ["eval_strategy"], "there is no validation data"),
         ("eval_max_new_tokens: 9", ["eval_max_new_tokens"], "there are no prompts"),
         ("validation_leakage: keep", ["validation_leakage"], "there is no validation data"),
         (

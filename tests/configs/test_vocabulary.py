@@ -14,9 +14,9 @@ from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.configs.sections.data import Dataset
 from regrow.configs.vocabulary import (
+    ANYWAY,
     DATASET_READ_OTHERWISE,
     DATASET_WORDS,
-    ANYWAY,
     OFF,
     READ_OTHERWISE,
     REFUSED_VALUES,
@@ -203,6 +203,14 @@ def test_refused_words_have_a_reason_and_a_remedy():
         ("model_revision: abc", "revision_of_model", "abc"),
         ("type_of_model: LlamaForCausalLM", "model_type", "LlamaForCausalLM"),
         ("adam_eps: 1e-5", "adam_epsilon", 1e-5),
+        ("save_steps: ''\nearly_stopping_patience: ''\nflash_attention: ''", "save_steps", None),
+        ("wandb_project: x\nwandb_run_name: y", "wandb_name", "y"),
+        (
+            "adapter: qlora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\n"
+            "bnb_4bit_quant_type: fp4",
+            "bnb_config_kwargs",
+            {"bnb_4bit_quant_type": "fp4"},
+        ),
         ("bfloat16: true", "bf16", True),
         ("float32: true", "bf16", False),
         ("flash_attention: true", "attn_implementation", "regrow_packed"),

@@ -46,20 +46,38 @@ def test_every_key_and_item_knows_its_line():
     assert lines[("b", 1)] == 6
 
 
-def test_a_key_written_twice_is_a_fault_that_names_both_lines():
+def test_of_a_value_written_twice_the_last_counts_and_both_lines_are_told():
     document = parse_yaml("a: 1\nb:\n  c: 2\n  d: 3\n  c: 4\na: 5\n")
-    assert [(fault.key, fault.line) for fault in document.faults] == [("b.c", 5), ("a", 6)]
-    assert "first in line 3" in document.faults[0].why
+    assert document.data == {"a": 5, "b": {"c": 4, "d": 3}}
+    assert document.faults == []
+    assert [str(notice).partition(" because")[0] for notice in document.notices] == [
+        "set b.c: 4",
+        "set a: 5",
+    ]
+    assert "the last counts: line 5, not line 3" in str(document.notices[0])
+
+
+@pytest.mark.parametrize("text", ["a: [1]\na: [2]\n", "a: 1\na: {b: 1}\n", "a: {b: 1}\na: 1\n"])
+def test_a_list_or_map_written_twice_is_a_fault_that_names_both_lines(text):
+    (fault,) = parse_yaml(text).faults
+    assert (fault.key, fault.line) == ("a", 2)
+    assert "first in line 1" in fault.why
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("a:\na: 3\n", 3), ("a: false\na:\n", False), ("a: 3\na: 3\n", 3), ("a:\na: [1]\n", [1])],
+    [
+        ("a:\na: 3\n", 3),
+        ("a: false\na:\n", False),
+        ("a: 3\na: 3\n", 3),
+        ("a: 3\na:\n", 3),
+        ("a:\na: [1]\n", [1]),
+    ],
 )
 def test_a_key_that_is_empty_once_says_nothing_there(text, value):
     document = parse_yaml(text)
     assert (document.data, document.faults) == ({"a": value}, [])
-    assert parse_yaml("a: 3\na:\n").faults
+    assert len(document.notices) == (text == "a: 3\na:\n")
 
 
 def test_anchors_and_merges_work():

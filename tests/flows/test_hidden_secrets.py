@@ -9,6 +9,7 @@ import pytest
 
 from regrow.flows.progress import say
 from regrow.infra.secrets import mask_secrets, without_secrets
+from tests.flows.conftest import small_recipe
 
 TOKEN = "hf_" + "PlAnTeDpLaNtEdPlAnT0"
 PASSWORD = "open-sesame-1234"
@@ -55,6 +56,25 @@ def test_an_error_is_told_without_its_secret(monkeypatch):
     assert "KeyError" in str(hushed)
     harmless = ValueError("no such file")
     assert without_secrets(harmless) is harmless
+
+
+def test_a_run_that_does_not_even_begin_keeps_the_secret(monkeypatch, tmp_path):
+    """Prefect shows the message of what ended a flow run on a page of its own."""
+    from regrow.configs.load import parse_recipe
+    from regrow.flows import run
+
+    def broken(*_args):
+        raise ValueError(f"the server said: {PASSWORD} is no key, nor is s3://key:plan/ted@bucket")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
+    monkeypatch.setenv("REGROW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(run, "make_plan", broken)
+    recipe = parse_recipe(small_recipe(tmp_path / "model", tmp_path / "out")).recipe
+    with pytest.raises(RuntimeError, match=r"ValueError: the server said: \*\*\* is no") as caught:
+        run.FlowRun(recipe, "x").__enter__()
+    assert PASSWORD not in str(caught.value)
+    assert "plan/ted" not in str(caught.value)
+    assert caught.value.__suppress_context__
 
 
 def test_what_a_worker_says_is_masked_in_its_log_and_its_error(tmp_path, monkeypatch):

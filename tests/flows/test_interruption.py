@@ -132,6 +132,19 @@ def test_other_threads_and_other_signals_raise_nothing():
     assert raised == []
 
 
+@pytest.mark.usefixtures("terminating")
+def test_signal_of_a_forked_child_is_none_of_its_parents():
+    """A pool ends its workers with SIGTERM; the run goes on."""
+    with remembered():
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            send(signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        look()
+
+
 def test_block_within_a_block_keeps_what_came_before():
     with remembered():
         swallowed(signal.SIGINT)

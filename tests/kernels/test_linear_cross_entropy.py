@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from regrow.kernels import linear_cross_entropy as module
 from regrow.kernels.linear_cross_entropy import (
     IGNORED,
     linear_cross_entropy,
     linear_log_probs,
     reference,
 )
+from regrow.kernels.matmul import matmul
 
 OPTIONS = {
     "plain": {},
@@ -171,3 +173,45 @@ def test_the_factor_of_the_gradients_is_not_rounded(device):
         grads += torch.autograd.grad(loss, hidden)
     one, scaled = (grad.double() for grad in grads)
     assert ((scaled * one).sum() / (one * one).sum() * 3571 - 1).abs() < 3e-4
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
+def test_no_product_is_made_twice(monkeypatch, random, device, trained):
+    """A chunk has one product for its logits, and one for each gradient; the backward pass none."""
+    made = []
+
+    def counted(a, b, out, **options):
+        made.append((tuple(a.shape), tuple(b.shape)))
+        return matmul(a, b, out, **options)
+
+    monkeypatch.setattr(module, "matmul", counted)
+    rows, size, columns = 300, 16, 40
+    targets = targets_of(rows, columns, device)
+    head = random(columns, size, requires_grad=trained)
+    loss = linear_cross_entropy(random(rows, size), head, targets, logits_bytes=1)
+    forward = len(made)
+    loss.backward()
+    assert len(made) == forward == (3 if trained else 2) * 2  # 199 rows are two chunks
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20], ids=["chunks", "one"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_float32_head_is_multiplied_in_16_bits_and_gets_its_gradient_unrounded(
+    device, budget, kept
+):
+    rows, size, columns = 300, 16, 40
+    targets = targets_of(rows, columns, device)
+    hidden = torch.randn(rows, size, device=device).bfloat16().requires_grad_()
+    head = torch.randn(columns, size, device=device, requires_grad=True)
+    low = head.detach().bfloat16()
+    loss = linear_cross_entropy(
+        hidden, head, targets, rounded_VH=low if kept else None, logits_bytes=budget
+    )
+    dhidden, dhead = torch.autograd.grad(loss, [hidden, head])
+    assert dhidden.dtype == torch.bfloat16
+    assert dhead.dtype == torch.float32
+    assert not torch.equal(dhead, dhead.bfloat16().float())
+    exact = low.double().requires_grad_()
+    right = reference(hidden.double(), exact, targets)[0] / (targets >= 0).sum()
+    (due,) = torch.autograd.grad(right, exact)
+    assert ((dhead.double() - due).norm() / due.norm()).item() < 5e-3

@@ -150,3 +150,17 @@ def test_what_does_not_fit_is_an_error(weight, a, b):
     tensors = [None if shape is None else torch.zeros(shape) for shape in (weight, a, b)]
     with pytest.raises(ValueError, match="a projection is"):
         lora_linear(torch.zeros(4, INPUTS), Projection(*tensors))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_float32_weight_gets_its_gradient_unrounded(device, kept):
+    x = torch.randn(40, 24, device=device).bfloat16().requires_grad_()
+    weight = torch.randn(16, 24, device=device, requires_grad=True)
+    low = weight.detach().bfloat16()
+    (y,) = lora_linear(x, Projection(weight, rounded=low if kept else None))
+    assert y.dtype == torch.bfloat16
+    upstream = torch.randn_like(y)
+    dx, dweight = torch.autograd.grad(y, [x, weight], upstream)
+    torch.testing.assert_close(dweight, upstream.float().t() @ x.detach().float())
+    assert not torch.equal(dweight, dweight.bfloat16().float())
+    torch.testing.assert_close(dx, upstream @ low)

@@ -111,10 +111,10 @@ def test_slices_keep_only_the_input(random):
     assert [shape for shape in shapes if shape[0] == 300] == [(300, HIDDEN)]
 
 
-def test_slices_drop_alike_in_both_directions(random):
+def test_slices_drop_alike_in_both_directions(random, device):
     """The gradient of the loss with one mask is the slope of the loss with that mask."""
     group = mlp(random, (3, 3, 3), False)
-    x = torch.randn(300, HIDDEN, dtype=torch.float64)
+    x = torch.randn(300, HIDDEN, dtype=torch.float64, device=device)
     group = [
         Projection(p.weight.double(), *(t.detach().double().requires_grad_() for t in (p.a, p.b)))
         for p in group

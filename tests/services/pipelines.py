@@ -71,20 +71,19 @@ def train_here(job: Any) -> dict[str, Any]:
 
     work = job.scratch / "train"
     work.mkdir(parents=True)
-    train(
-        WorkerJob(
-            spec=job.spec,
-            placement=job.placement,
-            prepared=job.inputs["prepare"],
-            base_model=hub.local_directory(job.placement.base_model),
-            out=job.out,
-            work=work,
-            checkpoints=CheckpointPlace(job.checkpoints, f"checkpoints/{job.stage.key}"),
-            start_adapter=None,
-            tracking=None,
-        )
+    worker_job = WorkerJob(
+        spec=job.spec,
+        placement=job.placement,
+        prepared=job.inputs["prepare"],
+        base_model=hub.local_directory(job.placement.base_model),
+        out=job.out,
+        work=work,
+        checkpoints=CheckpointPlace(job.checkpoints, f"checkpoints/{job.stage.key}"),
+        start_adapter=None,
+        tracking=None,
     )
-    return {}
+    train(worker_job)
+    return json.loads(worker_job.result_path.read_text())
 
 
 def _build(recipe: Path, upto: str) -> dict[str, str]:

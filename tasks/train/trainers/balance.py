@@ -54,8 +54,10 @@ class Balancing(_Base):
         total = balance_losses(logits, lengths, routers.top_k).sum()
         self._balance.append(torch.stack([total.detach(), total.new_tensor(len(lengths))]))
         rows = self._order.rows_in_step(self.state.global_step)
-        # Gradients are averaged over the processes; the token loss is multiplied alike.
-        return total * (routers.coefficient * self.accelerator.num_processes / rows)
+        # Gradients are averaged over the processes that read other rows; the token loss is
+        # multiplied alike (`Trainer.compute_loss`).
+        readers = self.accelerator.num_processes // self.get_tp_size()
+        return total * (routers.coefficient * readers / rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean balance loss of the steps since the last report."""

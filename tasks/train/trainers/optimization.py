@@ -92,7 +92,7 @@ class Optimization(_Base):
         spec, loop = self._spec, cast(Any, self)
         return {
             "lr": spec.learning_rate,
-            "betas": (spec.adam_beta1, spec.adam_beta2),
+            "betas": (float(spec.adam_beta1), float(spec.adam_beta2)),
             "eps": spec.adam_epsilon,
             "max_grad_norm": spec.max_grad_norm,
             "rounded": loop.rounded,

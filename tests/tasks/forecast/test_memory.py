@@ -10,7 +10,6 @@ from regrow.kernels import linear_cross_entropy
 from regrow.tasks.forecast.activations import CPU, FUSED_FAMILIES, KERNELS
 from regrow.tasks.forecast.memory import GIB, LOSS_BUDGET, Division, Setting, memory
 from regrow.tasks.forecast.model_shape import model_shape
-from regrow.tasks.forecast.optimizer_state import state_bytes, state_of
 from regrow.tasks.forecast.trainable import all_weights, with_adapter
 from regrow.tasks.modeling import families, kernels
 from regrow.tasks.modeling.adapter_settings import AdapterSettings
@@ -178,34 +177,3 @@ def test_kernels_are_those_that_training_puts_in():
     assert linear_cross_entropy.LOGITS_BYTES == LOSS_BUDGET
     names = {family.name for family in families.FAMILIES}
     assert {name.removesuffix("_text") for name in FUSED_FAMILIES} == names
-
-
-@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"])
-def test_states_of_optimizers_are_those_that_torch_makes(name):
-    from transformers.optimization import Adafactor
-
-    made = {
-        "adamw_torch": lambda p: torch.optim.AdamW(p),
-        "adafactor": lambda p: Adafactor(p, scale_parameter=False, relative_step=False, lr=1e-3),
-        "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-        "rmsprop": lambda p: torch.optim.RMSprop(p),
-        "adagrad": lambda p: torch.optim.Adagrad(p),
-    }[name]
-    shapes = [(48, 32), (64,), (3, 16, 24)]
-    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-    optimizer = made(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    held = sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.numel() > 1
-    )
-    assert state_bytes(name, [(shape, False) for shape in shapes]) == held
-
-
-def test_an_unknown_optimizer_counts_as_adam():
-    assert state_of("galore_adamw") == (state_of("adamw_torch")[0], False)
-    assert state_of("paged_lion_8bit")[1]

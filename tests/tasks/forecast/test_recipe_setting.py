@@ -1,4 +1,4 @@
-"""What cannot be forecast is said in a line; nothing that a recipe or a model says is a traceback."""
+"""What cannot be forecast is said in a line; no recipe and no model gives a traceback."""
 
 import json
 
@@ -51,7 +51,7 @@ FSDP = {"reshard_after_forward": True, "cpu_offload": False}
                 {"num_key_value_heads": "8"},
                 {"vocab_size": None},
                 {"vocab_size": {}},
-                {"head_dim": []},
+                {"head_dim": [1]},
             )
         ),
         json.dumps({name: LLAMA[name] for name in ("model_type", "hidden_size")}),
@@ -115,7 +115,7 @@ def test_an_odd_adapter_is_told(tmp_path, text):
 
 def test_targets_that_match_nothing_are_told():
     shape = model_shape(LLAMA)
-    with pytest.raises(UnknownTargetsError, match="llama has no layer that .*qkv"):
+    with pytest.raises(UnknownTargetsError, match=r"llama has no layer that .*qkv"):
         with_adapter(shape, AdapterSettings(r=8, alpha=8, target_modules=("qkv",)))
 
 

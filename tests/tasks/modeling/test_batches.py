@@ -66,6 +66,7 @@ def test_a_batch_is_padded_to_a_multiple():
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 7, 8]
     assert flatten(ROWS, multiple_of=7)["cu_seq_lens_q"].tolist() == [0, 3, 5, 7]
     assert flatten([], multiple_of=64)["input_ids"].shape == (1, 64)
+    assert flatten([], multiple_of=6)["input_ids"].shape == (1, 12)
 
 
 def test_supervised_rows_are_those_before_a_learnt_token():

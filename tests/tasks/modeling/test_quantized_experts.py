@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from regrow.tasks.modeling import fused_experts
 from regrow.tasks.modeling.adapter import add_adapter, load_adapter
 from regrow.tasks.modeling.load import load_model
 from regrow.tasks.modeling.quantization import Quantization
@@ -119,3 +120,12 @@ def test_it_is_not_moved_in_silence():
         stack.to("meta")
     assert isinstance(stack.to("cpu:0"), QuantizedStack)
     assert torch.equal(stack.to(torch.bfloat16), stack.dense().bfloat16())
+
+
+def test_kernels_get_plain_weights(mixtral_dir):
+    model = load_model(mixtral_dir, dtype="bfloat16", quantization=BITS[0].values[0])
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        weight = fused_experts._projection(experts, name).weight
+        assert not isinstance(weight, QuantizedStack)
+        assert torch.equal(weight, getattr(experts, name).dense())

@@ -341,6 +341,17 @@ def test_too_little_memory_halves_the_micro_batch_down_to_one(attempts, tmp_path
         course.after(full)
 
 
+def test_what_auto_chose_is_given_up_before_the_micro_batch(attempts, tmp_path):
+    course = attempts(micro_batch_size=2, gradient_checkpointing="auto")
+    course.after(failed(tmp_path, "out of memory"))
+    placement = course.job.placement
+    assert (placement.gradient_checkpointing, placement.micro_batch_size) == (True, 2)
+    course.after(failed(tmp_path, "out of memory"))
+    assert course.job.placement.micro_batch_size == 1
+    with pytest.raises(StageError, match="gradient_checkpointing: offload"):
+        course.after(failed(tmp_path, "out of memory"))
+
+
 def test_too_little_memory_is_an_error_where_the_recipe_says_so(attempts, tmp_path):
     with pytest.raises(StageError, match="lower micro_batch_size"):
         attempts(micro_batch_size=4, retry_on_oom=False).after(failed(tmp_path, "out of memory"))

@@ -1,4 +1,4 @@
-"""The loss that balances experts: Transformers' own for a row, and the same however rows are split."""
+"""The loss that balances experts: Transformers' own for a row, however rows are split."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_without_it_nothing_is_reported_and_validation_stays_plain(moe_job):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that ends."""
 
 
@@ -156,14 +156,14 @@ class KillAfter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 def test_a_resumed_training_is_the_undisturbed_one(moe_job):
     whole = moe_job("whole", BALANCED)
     train(whole)
     job = moe_job("short", BALANCED, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(job, [KillAfter(3)])
     train(job)
     ours, theirs = weights(job), weights(whole)
@@ -177,5 +177,5 @@ def test_an_adapter_beside_it_trains(moe_job):
 
 
 def test_a_model_without_experts_says_so(model_dir):
-    with pytest.raises(StageError, match="output_router_logits: .*LlamaForCausalLM"):
+    with pytest.raises(StageError, match=r"output_router_logits: .*LlamaForCausalLM"):
         Routers(load_model(model_dir, dtype="float32"))

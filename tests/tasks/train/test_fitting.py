@@ -104,11 +104,23 @@ def fit_of_rank() -> str:
     args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing=asked))
     fitting._wish = lambda *rest: (None, "")
-    return fitting.fit(job, None, Swapped(), Split(2, 1, 1), args).policy
+    fitting.is_attached = lambda model: False
+    model = SimpleNamespace(config=None, modules=list)
+    return fitting.fit(job, model, Swapped(), Split(2, 1, 1), args).policy
 
 
 def test_all_ranks_do_what_rank_0_says(tmp_path):
     assert on_ranks(fit_of_rank, 2, tmp_path) == ["full", "full"]
+
+
+def test_a_container_s_limit_counts(tmp_path):
+    free = fitting._host_memory(tmp_path)
+    assert free > 0
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    assert fitting._host_memory(tmp_path) == pytest.approx(free, rel=0.5)  # it moves on its own
+    (tmp_path / "memory.max").write_text("10000\n")
+    assert fitting._host_memory(tmp_path) == 3000
 
 
 def test_the_record_names_what_was_computed_again(make_job):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
+from regrow.tasks.train.state import TorchEngine
 from regrow.tasks.train.trainers.fused_adamw import FusedAdamW
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -77,6 +78,34 @@ def test_a_checkpoint_of_one_is_read_by_the_other(before):
         step(right, whole, number)
     for p, expected in zip(resumed.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_how_it_is_computed_is_not_taken_from_a_checkpoint():
+    ours, right = models()
+    one = FusedAdamW(ours.parameters(), max_grad_norm=0.0, rounded=RoundedWeights(), **SETTINGS)
+    step(ours, one, 0)
+    state = TorchEngine(ours, one).capture()
+    other = torch.optim.AdamW(right.parameters(), fused=True, **SETTINGS)
+    TorchEngine(right, other).restore(Saved(state))
+    assert other.param_groups[0]["fused"] is True
+    step(ours, one, 1)
+    step(right, other, 1)
+    for p, expected in zip(right.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+
+
+class Saved:
+    """A state as if read from files."""
+
+    def __init__(self, state):
+        self.values, self._tensors = state.values, state.tensors
+
+    def shapes(self):
+        return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def load(self, targets):
+        for name, target in targets.items():
+            target.copy_(self._tensors[name])
 
 
 def test_the_rounded_copies_follow_the_weights():

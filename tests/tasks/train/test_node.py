@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -256,7 +257,7 @@ def test_machine_0_that_dies_and_comes_back_finds_the_others(follower):
     host = Meeting.host(follower.nodes[0])
     host.call(0, follower.call)
     host.call(1, follower.call)
-    follower.wait(lambda: host.ends(1))
+    follower.wait(functools.partial(host.ends, 1))
     del host  # as a process that is killed: nobody has said that it is over
     again = Meeting.host(follower.nodes[0])
     again.call(0, follower.call)

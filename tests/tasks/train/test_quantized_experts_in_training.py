@@ -75,14 +75,14 @@ def moe_job(make_job, mixtral_dir):
     return make
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that ends."""
 
 
 class KillAfterThree(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            raise Killed
+            raise KilledError
 
 
 class Silent:
@@ -99,7 +99,7 @@ def test_it_resumes_and_is_merged_into_the_plain_experts(moe_job, mixtral_dir, t
     result = train(whole)
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result["history"] if "loss" in r)
     job = moe_job("killed", kind, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(job, [KillAfterThree()])
     train(job)
     ours, theirs = (load_file(j.out / "adapter_model.safetensors") for j in (job, whole))
@@ -124,9 +124,11 @@ def test_it_resumes_and_is_merged_into_the_plain_experts(moe_job, mixtral_dir, t
     assert any("experts" in name for name in changed)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
-    ("kind", "sharding"), [("nf4", {}), ("nf4", {"fsdp": FSDP}), ("int8", {"fsdp": FSDP})], ids=str
+    ("kind", "sharding"),
+    [("nf4", {}), ("nf4", {"fsdp": FSDP}), ("int8", {"fsdp": FSDP})],
+    ids=["nf4-ddp", "nf4-fsdp2", "int8-fsdp2"],
 )
 def test_two_processes_train_as_one(moe_job, kind, sharding):
     from regrow.tasks.train.sharding import Sharding

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from regrow.tasks.modeling.quantization import Quantization
-from regrow.tasks.modeling.tensor_parallel import check_accumulation, check_adapter
+from regrow.tasks.modeling.tensor_parallel import (
+    check_accumulation,
+    check_adapter,
+    check_vocabulary,
+)
 from regrow.tasks.stage import StageError
 from regrow.tasks.train import parallel
 from regrow.tasks.train.readers import Reader
@@ -116,6 +120,13 @@ def test_processes_that_share_rows_have_each_a_part():
     [
         (4, {}, True, "2 of 4 training processes"),
         (2, {"quantization": Quantization(4)}, True, "quantized base"),
+        (
+            2,
+            {"optimizer": "muon", "reinit_weights": True},
+            True,
+            "no optimizer: muon, .*reinit_wei",
+        ),
+        (2, {"loraplus_lr_ratio": 2.0}, True, "no learning rate for some layers"),
         (2, {}, False, "on GPUs only"),
     ],
 )
@@ -147,6 +158,16 @@ def test_adapters_that_need_whole_layers_are_refused(changes, why):
     check_adapter(plain.init, dora=False, trained_whole=False)
     with pytest.raises(StageError, match=why):
         check_adapter(**({"init": True, "dora": False, "trained_whole": False} | changes))
+
+
+def test_a_divided_embedding_does_not_grow():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=0)
+        )
+    check_vocabulary(model, 9)
+    with pytest.raises(StageError, match="10 tokens, more than"):
+        check_vocabulary(model, 10)
 
 
 def test_norms_whose_gradients_would_be_summed_too_often_are_refused():

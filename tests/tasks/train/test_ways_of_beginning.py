@@ -16,14 +16,14 @@ from regrow.tasks.train.worker import train
 WHOLE = {"adapter": None, "learning_rate": 1e-3, "max_steps": 4}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that ends."""
 
 
 class KillAfterThree(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            raise Killed
+            raise KilledError
 
 
 @pytest.mark.parametrize("key", ["reinit_weights", "fp8"])
@@ -33,7 +33,7 @@ def test_it_trains_and_resumes_exactly(make_job, key):
     whole = make_job("whole", WHOLE | {key: True})
     train(whole)
     job = make_job("killed", WHOLE | {key: True}, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(job, [KillAfterThree()])
     train(job)
     ours, theirs = (load_file(j.out / "model.safetensors") for j in (job, whole))

@@ -1,0 +1,107 @@
+"""A run's own Prefect server: its address is known at once, and a failure names its log."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from regrow.flows import pages, prefect_server
+from regrow.flows.prefect_server import PrivateServer, ServerFailed, _end
+
+# Answers on the socket that it is handed, as uvicorn does, once it has read a line of `gate`.
+_ANSWERS = """
+import http.server, os, socket, sys
+open(os.environ["GATE"]).readline()
+class Server(http.server.HTTPServer):
+    address_family = socket.AF_UNIX
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def address_string(self):
+        return ""
+given = int(sys.argv[sys.argv.index("--fd") + 1])
+server = Server("", Handler, bind_and_activate=False)
+server.socket = socket.socket(fileno=given)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch) -> Path:
+    """A server waits until something is written into this pipe. The environment is put back."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    monkeypatch.setenv("GATE", str(path))
+    for name in ("PREFECT_API_URL", "REGROW_PRIVATE_PREFECT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return path
+
+
+def test_address_is_known_before_the_server_is_there(gate, tmp_path, monkeypatch):
+    """Prefect reads it when it is imported, which happens while the server comes up."""
+    monkeypatch.setattr(prefect_server, "_PROGRAM", _ANSWERS)
+    server = PrivateServer(tmp_path)
+    server.start()
+    process = server._process
+    assert process is not None
+    try:
+        url = os.environ["PREFECT_API_URL"]
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(f"{url}/health", timeout=0.2)  # it waits, and is not refused
+        gate.write_text("\n")
+        server.wait()
+        urllib.request.urlopen(f"{url}/health", timeout=60).close()
+        assert os.environ["PREFECT_API_URL"] == url
+    finally:
+        _end(process)
+
+
+def test_server_that_ends_is_told_with_its_log(gate, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefect_server, "_PROGRAM", "raise SystemExit('no disk')")
+    server = PrivateServer(tmp_path)
+    server.start()
+    with pytest.raises(ServerFailed, match=r"its log is .*prefect-server\.log"):
+        server.wait()
+    assert "no disk" in (tmp_path / "prefect-server.log").read_text()
+
+
+def test_two_that_start_at_once_do_not_make_one_database_together(gate, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefect_server, "_PROGRAM", "raise SystemExit(1)")
+    first, second = PrivateServer(tmp_path), PrivateServer(tmp_path)
+    first.start()
+    second.start()
+    assert first._process is not None
+    assert second._process is None
+    assert first._url != second._url
+
+
+def test_prefects_pages_ask_where_they_are_served(monkeypatch, tmp_path):
+    """Unless told, they ask at port 4200, and say that no server is there."""
+    started: list[dict[str, str]] = []
+
+    def start(name: str, url: str, command: list[str], **settings: str):
+        started.append({"name": name, **settings})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pages, "_start", start)
+    monkeypatch.setenv("REGROW_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert pages.serve_pages(5001, 4300) == 0
+    (prefect,) = started
+    assert prefect["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4300/api"
+
+
+def test_run_imports_neither_torch_nor_matplotlib_before_a_stage_needs_them():
+    """Of a run that finds all its stages done, what is imported is most of its time."""
+    asked = "import sys, regrow.flows.finetune; print({'torch', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
