@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
+from regrow.configs.optimizers import BitsandbytesOptimizer
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
 
@@ -110,16 +112,21 @@ def muon_sees_whole_matrices(recipe: Recipe, given: frozenset[str]) -> Iterator[
         yield ("optimizer",), why, "Use adamw_torch_fused, or `fsdp_config` for `deepspeed`"
 
 
-@rule("optimizer", "fsdp_config")
+@rule("optimizer", "fsdp_config", "tensor_parallel_size")
 def int8_states_are_not_sharded(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """bitsandbytes' kernels take plain tensors, not those that FSDP2 shards."""
-    if recipe.fsdp_config is not None and recipe.optimizer in _PLAIN_TENSORS:
+    """bitsandbytes' kernels take plain tensors, not those that FSDP2 or tensor parallelism
+    divides."""
+    divided = recipe.fsdp_config is not None or recipe.tensor_parallel_size > 1
+    if divided and recipe.optimizer in get_args(BitsandbytesOptimizer):
         why = "bitsandbytes' optimizers cannot take the tensors that FSDP2 shards"
-        yield ("optimizer",), why, f"Use {_PLAIN_TENSORS[recipe.optimizer]}"
+        if recipe.fsdp_config is None:
+            why = (
+                "bitsandbytes' optimizers cannot take the tensors that tensor_parallel_size divides"
+            )
+        yield ("optimizer",), why, "Use adamw_torch_8bit" if "8bit" in recipe.optimizer else _PLAIN
 
 
-_PLAIN_TENSORS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_torch_8bit"}
-"""Optimizers that Axolotl refuses with FSDP2, and torchao's that stand in for them."""
+_PLAIN = "Use adamw_torch_fused"
 
 
 @rule("tensor_parallel_size", "context_parallel_size", "load_in_4bit", "num_processes")

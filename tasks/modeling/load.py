@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -96,8 +95,7 @@ def load_model(
 def _keep_gradients(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes' 4-bit layers change their form in a validation and
     keep it when training goes on, where that form gives wrong gradients without a word (0.50)."""
-    layers: Iterable[Any] = model.modules()
-    for layer in layers:
+    for layer in cast(Any, model).modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 
@@ -161,7 +159,8 @@ def empty_model(
 def _divided(tensor_parallel_size: int) -> dict[str, Any]:
     if tensor_parallel_size == 1:
         return {}
-    from transformers.distributed import DistributedConfig  # many processes only
+    # Of many processes only.
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
 

@@ -51,3 +51,8 @@ def check_devices(spec: TrainSpec, placement: TrainPlacement, facts: DeviceFacts
             "%s computes bfloat16 slowly, without units for it; `bf16: false` computes in float32",
             facts.name,
         )
+
+
+def device_name(device: torch.device) -> str:
+    """What the result calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -41,6 +41,7 @@ from regrow.tasks.train.checkpoint import (
 )
 from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_stopped
 from regrow.tasks.train.costs import row_costs, row_lengths
+from regrow.tasks.train.devices import device_name
 from regrow.tasks.train.export import save_adapter, save_model, save_rounds
 from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.fitting import Fit, fit
@@ -446,7 +447,7 @@ def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[
             "world_size": trainer.args.world_size,
             "micro_batch_size": course.split.micro_batch_size,
             "accumulation": course.split.accumulation,
-            "device": _device_name(trainer.args.device),
+            "device": device_name(trainer.args.device),
         },
     }
 
@@ -462,10 +463,6 @@ def _curves(records: list[dict[str, Any]]) -> dict[str, Any]:
         "eval_losses": evals,
         "history": history,
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @record

@@ -618,6 +618,12 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "int8_states_are_not_sharded": [
         ("optimizer: adamw_bnb_8bit\nfsdp_config: {}", "optimizer", "that FSDP2 shards"),
+        ("optimizer: lion_32bit\nfsdp_config: {}", "optimizer", "that FSDP2 shards"),
+        (
+            "optimizer: paged_adamw_8bit\nnum_processes: 2\ntensor_parallel_size: 2",
+            "optimizer",
+            "that tensor_parallel_size divides",
+        ),
     ],
     "reporters_share_one_name": [
         (

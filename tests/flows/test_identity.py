@@ -179,7 +179,7 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "run_name": (["mine"], PUBLISH),
     "output_dir": (["elsewhere"], PUBLISH),
     "hub_model_id": (["me/mine"], PUBLISH),
-    "hub_private_repo": (["false"], PUBLISH),
+    "hub_private_repo": (["false", "--hub_model_id=me/mine"], PUBLISH),
     "hub_strategy": (["every_save"], NOTHING),
     "register_as": (["mine"], PUBLISH),
 }
