@@ -25,7 +25,10 @@ def multiply_in_float8(model: nn.Module, device: str) -> int:
         StageError: torchao is missing, the device has no 8-bit floats, or no layer can be swapped.
     """
     require_package("torchao", "torchao", "fp8")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if on_cuda and torch.cuda.get_device_capability() < _CAPABILITY:
