@@ -226,6 +226,17 @@ def qlora_means_four_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Set
         yield Set("adapter", "qlora", "`load_in_4bit: true` says so")
 
 
+def eight_bits_are_not_four(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """bitsandbytes' arguments for 4 bits do nothing in 8."""
+    arguments = recipe.bnb_config_kwargs
+    mine = [name for name in arguments if name.startswith("bnb_4bit_")]
+    if mine and recipe.load_in_8bit and not recipe.load_in_4bit:
+        names = tuple(f"bnb_config_kwargs.{name}" for name in mine)
+        yield Notice("ignored", names, "`load_in_8bit: true` holds no 4 bits")
+        rest = {name: value for name, value in arguments.items() if name not in mine}
+        yield Set("bnb_config_kwargs", rest)
+
+
 def loftq_is_an_initialisation(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
     """`peft: {loftq_config: ...}` is how Axolotl asks for it."""
     if recipe.uses_adapter and recipe.peft.loftq_config and recipe.peft_init_lora_weights is True:
@@ -250,6 +261,21 @@ def low_rank_optimizers_have_targets(
     """Axolotl's choice."""
     if recipe.optimizer in LOW_RANK and not recipe.optim_target_modules:
         yield Set("optim_target_modules", ("attn", "mlp"), f"{recipe.optimizer} needs targets")
+
+
+def several_machines_are_needed(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
+    """A recipe with more processes than a machine has says so without naming machines."""
+    local, context = recipe.num_processes, recipe.context_parallel_size
+    shards = (recipe.dp_shard_size or 0) * recipe.dp_replicate_size * context
+    needed = {
+        "dp_shard_size": shards,
+        "context_parallel_size": 0 if shards else context,
+        "tensor_parallel_size": recipe.tensor_parallel_size,
+    }
+    for key, size in needed.items():
+        if local and not recipe.ray_num_workers and size > local and size % local == 0:
+            why = f"it asks for {size} processes, {size // local} machines with {local} each"
+            yield Notice("note", (key,), f"{why}; one alone will refuse it")
 
 
 def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Notice]:
@@ -298,9 +324,11 @@ _DEFAULTS: tuple[Default, ...] = (
     saving_follows_its_keys,
     validating_follows_its_keys,
     qlora_means_four_bits,
+    eight_bits_are_not_four,
     loftq_is_an_initialisation,
     a_run_id_is_a_name,
     stopping_early_keeps_the_best,
     low_rank_optimizers_have_targets,
+    several_machines_are_needed,
     things_to_know,
 )

@@ -17,6 +17,16 @@ _MAX_BYTES = 1 << 25
 """A tokenizer.json has up to some 20 MB; more is something else."""
 
 
+SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers in which packed attention keeps examples apart."""
+
+STATEFUL = (
+    *("attention_chunk_size", "mamba_d_conv", "mamba_d_state", "ssm_state_size", "state_size"),
+    *("conv_kernel", "conv_L_cache", "lru_width", "linear_conv_kernel_dim"),
+)
+"""Numbers in the config.json of models that have other layers and do not list them."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a model's config.json says."""
@@ -30,7 +40,7 @@ class ModelFacts:
     stored: str | None = None
     """How its weights are quantized in their files ("gptq", "fp8", ...); None: they are plain."""
     mixers: frozenset[str] = frozenset()
-    """Kinds of its layers, where it names them."""
+    """Kinds of its layers, where it names them, and what tells of others."""
     kind: str | None = None
     """Its `model_type`, of the text model where it is one of several."""
     odd: tuple[str, ...] = ()
@@ -45,13 +55,14 @@ class ModelFacts:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
         mixers = text.get("layer_types")
         mixers = mixers if isinstance(mixers, list) else []
-        chunked = ["chunked_attention"] if text.get("attention_chunk_size") else []
+        others = [name for name in STATEFUL if text.get(name)]
+        sinks = ["attention sinks"] if text.get("model_type") == "gpt_oss" else []
         return cls(
             layers=_whole(text, "num_hidden_layers"),
             positions=_whole(text, "max_position_embeddings"),
             vocabulary=_whole(text, "vocab_size"),
             stored=str(method) if method else None,
-            mixers=frozenset(map(str, [*mixers, *chunked])),
+            mixers=frozenset(map(str, [*mixers, *others, *sinks])),
             kind=_text(config, "model_type"),
             odd=tuple(_odd(config, text)),
         )

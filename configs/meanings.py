@@ -6,10 +6,12 @@ from typing import Any
 
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
+from regrow.configs.off_values import read_sizes, taken_truth, truth
 
 
 def read_meanings(draft: Draft) -> None:
     """Say each of them in the words of our fields, with a notice."""
+    read_sizes(draft)
     _packed_length(draft)
     _expert_balance(draft)
     _perplexity(draft)
@@ -47,11 +49,14 @@ def _expert_balance(draft: Draft) -> None:
     """What published recipes mostly set in the model's configuration."""
     for key in ("model_config", "overrides_of_model_config"):
         settings = draft.data.get(key)
-        if not isinstance(settings, dict) or not settings or not settings.keys() <= _OF_ROUTERS:
-            continue
-        if settings.get("output_router_logits"):
+        if not isinstance(settings, dict) or settings.keys().isdisjoint(_OF_ROUTERS):
+            continue  # all of it is refused
+        for name in [name for name in settings if name not in _OF_ROUTERS]:
+            why = "changing the model's configuration or weights is not here yet"
+            draft.fault((key, name), why, "Remove it")
+        if truth(settings.get("output_router_logits")) is not False:
             why = "the loss that balances experts has a key of its own here"
-            for name in list(settings):
+            for name in [name for name in _OF_ROUTERS if name in settings]:
                 draft.move((key, name), (name,), settings[name])
                 draft.notices.append(Notice("renamed", (f"{key}.{name}",), why, name))
         else:
@@ -59,7 +64,7 @@ def _expert_balance(draft: Draft) -> None:
         del draft.data[key]
 
 
-_OF_ROUTERS = {"output_router_logits", "router_aux_loss_coef"}
+_OF_ROUTERS = ("output_router_logits", "router_aux_loss_coef")
 
 
 def _perplexity(draft: Draft) -> None:
@@ -129,6 +134,10 @@ def _four_bits(draft: Draft) -> None:
         why = "that is its place (Axolotl would ignore it here)"
         draft.notices.append(Notice("renamed", (key,), why, "bnb_config_kwargs"))
         draft.move((key,), ("bnb_config_kwargs", key), draft.data[key])
+    arguments = draft.data.get("bnb_config_kwargs")
+    if isinstance(arguments, dict):
+        texts = {name: value for name, value in arguments.items() if isinstance(value, str)}
+        arguments |= {name: text.removeprefix("torch.") for name, text in texts.items()}
 
 
 def _whole_logging_steps(draft: Draft) -> None:
@@ -149,14 +158,24 @@ def _checkpointing(draft: Draft) -> None:
         del draft.data["selective_checkpointing"]
         why = "beside a layer's input only attention's results can be kept: see `selective`"
         draft.ignore("selective_checkpointing", why)
+    if isinstance(kind, str) and truth(kind) is not None:
+        draft.data["gradient_checkpointing"] = truth(kind)
+    if draft.data.get("activation_offloading") in WAYS_OF_OFFLOADING:
+        draft.data["activation_offloading"] = True
+    if isinstance(draft.data.get("selective_checkpointing"), dict):
+        draft.data["selective_checkpointing"] = bool(kept)
     _way_of_checkpointing(draft, "activation_offloading", "offload")
     _way_of_checkpointing(draft, "selective_checkpointing", "selective")
 
 
+WAYS_OF_OFFLOADING = ("legacy", "disk", "offload_disk", "hidden_states")
+"""Axolotl's, beside true."""
+
+
 def _way_of_checkpointing(draft: Draft, key: str, value: str) -> None:
     """Axolotl's form of what is a value of `gradient_checkpointing` here."""
-    wanted, kind = draft.data.pop(key, None), draft.data.get("gradient_checkpointing")
-    if not wanted:
+    wanted, kind = draft.data.get(key), draft.data.get("gradient_checkpointing")
+    if not taken_truth(draft, key):
         return
     if not kind:
         remedy = f"Add `gradient_checkpointing: {value}`"
@@ -178,7 +197,7 @@ def _no_answers(draft: Draft) -> None:
 
 def _pushing(draft: Draft) -> None:
     """A model with a name on the hub goes there, unless this says that it does not."""
-    push = draft.data.pop("push_to_hub", None)
+    push = taken_truth(draft, "push_to_hub")
     named = draft.data.get("hub_model_id")
     if push is False and named:
         draft.set(("hub_model_id",), None, "`push_to_hub: false` is given")

@@ -132,7 +132,8 @@ def _move(draft: Draft, old: Path, new: Path, why: str) -> None:
     name, value = new[-1], parent[old[-1]]
     if name in parent and parent[name] != value:
         if draft.is_overridden(old) == draft.is_overridden(new):
-            other = f"it is the old name of `{name}`, which says otherwise"
+            what = "the old name of" if why == Renamed.why else "read as"
+            other = f"it is {what} `{name}`, which says otherwise"
             draft.fault(old, other, f"Keep `{name}` only")
         if not (draft.is_overridden(old) and not draft.is_overridden(new)):
             del parent[old[-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from regrow.configs.kernels import all_words
+from regrow.configs.meanings import WAYS_OF_OFFLOADING
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import takes_empty_text
 from regrow.configs.sharding import OLD_OPTIONS
@@ -39,6 +40,7 @@ _TRUTHS = [
 ]
 _TRUTH = {"enum": [True, False, None, ""]}
 _SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_NO_SIZE = {"enum": [0, False, "0", [], {}]}
 _OTHER_FORMS: dict[str, Any] = {
     "warmup_steps": _SHARE,
     "logging_steps": _SHARE,
@@ -49,7 +51,13 @@ _OTHER_FORMS: dict[str, Any] = {
     "optim_args": {"type": "number"},
     "greater_is_better": {"const": 0},
     "eval_max_new_tokens": {"const": 0},
-    "tensor_parallel_size": {"enum": [0, False, [], {}]},
+    **dict.fromkeys(
+        (
+            *("tensor_parallel_size", "context_parallel_size", "jagged_restart_steps"),
+            *("dp_shard_size", "dp_replicate_size"),
+        ),
+        _NO_SIZE,
+    ),
     "wandb_watch": {"const": False},
     "kernels": {"type": "boolean"},
     "gradient_checkpointing": {"enum": ["offload", "offload_disk"]},
@@ -60,6 +68,7 @@ _OTHER_FORMS: dict[str, Any] = {
 
 
 _OFF = [None, False, 0, "", [], {}]
+_SWITCH: dict[str, Any] = {"enum": [True, *_OFF, *(word for word in _TRUTHS if word != 0)]}
 _OLDER_FORMS: dict[str, Any] = {
     **dict.fromkeys(
         (
@@ -69,7 +78,16 @@ _OLDER_FORMS: dict[str, Any] = {
         ),
         _TRUTH,
     ),
-    "expert_parallel_size": {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": _OFF}]},
+    "expert_parallel_size": {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": r"^\s*\+?\d(_?\d)*\s*$"},
+            {"enum": _OFF},
+        ]
+    },
+    **dict.fromkeys(("push_to_hub", "use_ray"), _SWITCH),
+    "activation_offloading": {"anyOf": [_SWITCH, {"enum": list(WAYS_OF_OFFLOADING)}]},
+    "selective_checkpointing": {"anyOf": [_SWITCH, {"type": "object"}]},
     "plugins": {"anyOf": [{"type": ["array", "null"]}, {"const": ""}]},
     "pretraining_dataset": {"type": ["string", "object", "array", "boolean", "number", "null"]},
     "max_packed_sequence_len": {"anyOf": [{"type": "integer"}, {"enum": _OFF}]},

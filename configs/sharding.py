@@ -9,6 +9,7 @@ from typing import Any
 from regrow.configs.draft import Draft
 from regrow.configs.faults import Notice
 from regrow.configs.local_paths import expanded, is_file
+from regrow.configs.off_values import taken_truth
 from regrow.configs.plain_values import keep_plain_values
 
 _SHIPPED = Path(__file__).parent / "deepspeed"
@@ -44,8 +45,7 @@ def read_sharding(draft: Draft, directory: Path | None) -> None:
 
 
 def _ray(draft: Draft) -> None:
-    wanted = draft.data.pop("use_ray", None)
-    if wanted:
+    if taken_truth(draft, "use_ray"):
         draft.set(("launcher",), "ray", "`use_ray` is said so here")
 
 

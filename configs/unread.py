@@ -158,6 +158,13 @@ _OF_FRESH = (
 )
 
 
+def keys_of_restarts(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
+    """What ReLoRA takes out of the optimizer's moments, where nothing restarts."""
+    if not recipe.relora:
+        for key in said(recipe, given, "relora_prune_method", "relora_prune_ratio"):
+            yield key, "`relora` is off"
+
+
 def keys_of_optimizers(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
     """Arguments that the chosen optimizer does not have."""
     why = f"`optimizer: {recipe.optimizer}` does not use it"
@@ -263,6 +270,7 @@ _FINDS: tuple[Find, ...] = (
     keys_of_validation,
     keys_of_the_best_model,
     keys_of_adapters,
+    keys_of_restarts,
     keys_of_optimizers,
     keys_of_memory,
     keys_of_ray,

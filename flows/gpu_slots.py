@@ -1,12 +1,18 @@
 """GPUs shared by all runs of a Prefect server: a stage that uses some takes its number of slots."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
+from httpx import HTTPError
 from prefect.client.orchestration import get_client
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
+from regrow.flows.interruption import look
+from regrow.flows.progress import say
 from regrow.infra.settings import load_settings
 from regrow.tasks.stage import Stage, StageError
 
@@ -17,22 +23,72 @@ LIMIT = "regrow-gpus"
 _LEASE_SECONDS = 60
 
 
+# Seconds before each further question to a server that does not answer: it may be starting anew.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_T = TypeVar("_T")
+
+
 @contextmanager
 def gpus_of(stage: Stage) -> Iterator[None]:
     """Hold as many slots as the stage uses GPUs; waits until they are free.
 
     Raises:
-        StageError: when there are fewer in all, which no waiting would change.
+        StageError: when there are fewer in all, which no waiting would change, or when the server
+            stays away. Slots lost while the stage is at work are a warning: it goes on.
     """
     wanted = _wanted(stage)
     if not wanted or load_settings().prefect_api_url is None:
         yield
         return
-    if not _limited(wanted):
+    if not _patiently(lambda: _limited(wanted)):
         yield
         return
-    with concurrency(LIMIT, occupy=wanted, lease_duration=_LEASE_SECONDS, strict=False):
+    slots = _patiently(lambda: _taken(wanted))
+    try:
         yield
+    finally:
+        _give_back(slots)
+
+
+def _taken(wanted: int) -> AbstractContextManager[None]:
+    slots = concurrency(LIMIT, occupy=wanted, lease_duration=_LEASE_SECONDS, strict=False)
+    slots.__enter__()
+    return slots
+
+
+def _give_back(slots: AbstractContextManager[None]) -> None:
+    try:
+        slots.__exit__(None, None, None)
+    except HTTPError as error:
+        say(
+            f"warning: GPUs were not given back to the Prefect server ({_told(error)}): other runs "
+            f"may wait {_LEASE_SECONDS} s longer for them, and may have had them before the end "
+            "if the server was away for as long"
+        )
+
+
+def _patiently(ask: Callable[[], _T]) -> _T:
+    """What the server answers. Raises StageError when it does not, however often it is asked."""
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except (HTTPError, ConcurrencySlotAcquisitionError) as error:
+            say(f"warning: GPUs: the Prefect server does not answer ({_told(error)}); asking again")
+            time.sleep(pause)
+            look()
+    try:
+        return ask()
+    except (HTTPError, ConcurrencySlotAcquisitionError) as error:
+        raise StageError(
+            f"the Prefect server {load_settings().prefect_api_url} cannot be asked for GPUs "
+            f"({_told(error)}); start it and run again, or unset PREFECT_API_URL"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, ConcurrencySlotAcquisitionError) else None
+    told = cause or error
+    return f"{type(told).__name__}: {told}".splitlines()[0]
 
 
 def _limited(wanted: int) -> bool:

@@ -72,12 +72,10 @@ class FlowRun:
 
     def __call__(self, stage: Stage) -> Outcome:
         """Build a stage, as a Prefect task."""
-        outcome = None
         try:
-            outcome = self._run_stage(stage)
-            return outcome
+            return self._run_stage(stage)
         finally:
-            self._others.ended(stage, outcome)
+            self._others.ended(stage, self._session.has_begun(stage))
 
     def __exit__(
         self,
@@ -87,11 +85,13 @@ class FlowRun:
     ) -> bool:
         self._pauses.stop()
         self._signals.__exit__(None, None, None)
-        if self._recipe.launcher == "torchrun":
-            self._others.send_away(error)
         status = _mlflow_status(error)
-        self._session.close(status)
-        run_page.show_summary(self._session, self._workplace, status)
+        try:
+            self._session.close(status)
+            run_page.show_summary(self._session, self._workplace, status)
+        finally:
+            if self._recipe.launcher == "torchrun":
+                self._others.send_away(error)
         state = self._state_after(error)
         if state is not None:
             self.state = state

@@ -80,6 +80,9 @@ class Session:
         # the stages go on meanwhile.
         self._writer = ThreadPoolExecutor(1, "journal")
         self._pending: list[Future[None]] = []
+        self._begun: set[str] = set()
+        # Before the first look into the store: what a run has found must stay until it ends.
+        self._in_use = self._builder.announce("runs", plan.stages, emit)
         page = origin.prefect_page or ""
         self._note(self._journal.begin, origin.recipe_text, origin.params, origin.tags, page)
 
@@ -101,6 +104,7 @@ class Session:
             held.enter_context(slots(stage))
             report.log(f"starts (key {stage.key[:12]})")
             started.append(self._writer.submit(self._journal.start_stage, stage).result())
+            self._begun.add(stage.key)
             return {"uri": self._tracker.uri, "run_id": started[-1]}
 
         try:
@@ -119,12 +123,28 @@ class Session:
         report.log(f"{done}: {headline(stage.name, outcome.record.result)}")
         return outcome
 
+    def has_begun(self, stage: Stage) -> bool:
+        """Whether the stage's own work has begun in this run, however it ended."""
+        return stage.key in self._begun
+
     def close(self, status: str) -> None:
         """Write what is left into MLflow and end the run there.
 
         Args:
             status: "FINISHED", "FAILED" or "KILLED".
         """
+        try:
+            self._tell_all(status)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            self._in_use.forget()
+        except (StoreError, OSError) as error:
+            self._emit(f"warning: for a while `gc` takes this run for one at work: {error}")
+
+    def _tell_all(self, status: str) -> None:
         begin = time.monotonic()
         if status == "FINISHED" and self.plan.register_as and self.plan.publishes(self.outcomes):
             self._note(

@@ -7,7 +7,7 @@ when the removal is over, or the removal finds the builder, and puts the record 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -53,23 +53,30 @@ class Collection:
 
     def remove(self, found: Holding) -> bool:
         """Remove what `unneeded` gave; False when it is needed now, and so stays."""
-        with self._lease(found) as ours:
-            if not ours:
+        with self._lease(found) as is_ours:
+            if is_ours is None:
                 return False
             now = holding(self._artifacts, found.key)
             if found.attempt:
                 now = next((x for x in now.leftovers if x.attempt == found.attempt), None)
             if now is None or not now.files:
                 return True
-            return not self._stays(now) and self._remove(now)
+            return not self._stays(now) and self._remove(now, is_ours)
 
-    def _remove(self, found: Holding) -> bool:
+    def _remove(self, found: Holding, is_ours: Callable[[], bool]) -> bool:
         store, key = self._artifacts.store, found.key
+        if not is_ours():  # this process was silent for too long, and somebody builds there now
+            return False
         if found.attempt:
             store.remove(f"{key}/{found.attempt}")
             return True
-        if RECORD in found.files and not self._withdrawn(found):
-            return False
+        if RECORD in found.files:
+            try:
+                record = store.read_bytes(f"{key}/{RECORD}")
+            except FileNotFoundError:  # another collection took it, and sees to the rest
+                return True
+            if not self._withdrawn(found, record):
+                return False
         # What is there and no more: a builder may have begun another attempt.
         for name in sorted({name.partition("/")[0] for name in found.files} - {RECORD}):
             store.remove(f"{key}/{name}")
@@ -78,10 +85,10 @@ class Collection:
             store.prune(key.rpartition("/")[0])
         return True
 
-    def _withdrawn(self, found: Holding) -> bool:
+    def _withdrawn(self, found: Holding, record: bytes) -> bool:
         """Take the record away; False when somebody was quicker to need it, and it is back."""
         store, name = self._artifacts.store, f"{found.key}/{RECORD}"
-        record, needed = store.read_bytes(name), True
+        needed = True
         store.remove(name)
         try:
             needed = self._stays(found)
@@ -101,15 +108,17 @@ class Collection:
         return kept, busy, datetime.now(UTC) - self._min_age
 
     @contextmanager
-    def _lease(self, found: Holding) -> Iterator[bool]:
-        """Whether nobody builds the stage; then nobody does until the block ends."""
+    def _lease(self, found: Holding) -> Iterator[Callable[[], bool] | None]:
+        """None while somebody builds the stage; else nobody does until the block ends, as long as
+        what is given says so.
+        """
         if not found.stage:
-            yield True
+            yield lambda: True
             return
         lease = self._in_use.lease(found.stage)
         ours = lease.try_acquire()
         try:
-            yield ours
+            yield lease.is_ours if ours else None
         finally:
             if ours:
                 lease.forget()

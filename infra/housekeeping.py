@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.listing import Entry
@@ -15,6 +15,10 @@ UNITS = "units"
 
 _FAMILIES = ("stages", UNITS, "checkpoints")
 """Folders of a store below which artifacts lie; checkpoints one level deeper."""
+
+UNFINISHED_AGE = timedelta(days=14)
+"""How long checkpoints stay whose training is not finished: days of many GPUs' work may lie in
+them, and between an interruption and its resumption a queue, a weekend or a holiday."""
 
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
@@ -34,6 +38,8 @@ class Holding:
     damage: str = ""
     attempt: str = ""
     """Not the artifact, which is complete, but this attempt of a killed builder beside it."""
+    resumable: bool = False
+    """A whole checkpoint of a training that is not finished: it goes on from there."""
 
     @property
     def size(self) -> int:
@@ -78,9 +84,18 @@ def holding(artifacts: ArtifactStore, key: str) -> Holding:
     """What lies below one key now."""
     files = artifacts.store.entries(key)
     try:
-        return Holding(key, artifacts.lookup(key), files)
+        found = Holding(key, artifacts.lookup(key), files)
     except ArtifactDamaged as damage:
         return Holding(key, None, files, f"{damage.file}: {damage.why}")
+    resumable = found.stage not in ("", key) and found.record is not None
+    return replace(found, resumable=resumable and not _is_built(artifacts, found.stage))
+
+
+def _is_built(artifacts: ArtifactStore, stage: str) -> bool:
+    try:
+        return artifacts.lookup(stage) is not None
+    except ArtifactDamaged:
+        return False
 
 
 def inputs_in(artifacts: ArtifactStore) -> Inputs:
@@ -127,11 +142,14 @@ def stays(found: Holding, kept: Collection[str], busy: Collection[str], before: 
     Args:
         kept: what pins and builders reach.
         busy: what is being built or read now (`UNITS`: units are).
-        before: what was made, or last written, after this stays.
+        before: what was made, or last written, after this stays; of what is `resumable`, also what
+            is younger than `UNFINISHED_AGE`.
     """
     if (found.stage or UNITS) in busy:
         return True
     if not found.attempt and found.stage in kept:
         return True
     made = datetime.fromisoformat(found.record.created) if found.record else found.changed
+    if found.resumable:
+        before = min(before, datetime.now(UTC) - UNFINISHED_AGE)
     return made > before

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -29,12 +30,13 @@ from typing import Any
 
 import psutil
 
-from regrow.infra.store import Store, StoreError
+from regrow.infra.store import Store
 
 _LOG = logging.getLogger(__name__)
 
 # Three heartbeats fit in the lease's time, so that a single slow answer does not lose it.
 _BEATS_PER_LEASE = 3
+_NAME = re.compile(r"[0-9]+\.json")
 
 
 class LeaseLost(RuntimeError):  # noqa: N818 (the name says what is the matter)
@@ -46,15 +48,28 @@ def _owner() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": boot.read_text().strip() if boot.exists() else "",
+        "pid_namespace": _pid_namespace(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
 
 
+def _pid_namespace() -> str:
+    """In which containers' set of process numbers this one's lies; "" where there is one only."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return ""
+
+
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner ran on this machine since its last start and its process is gone."""
+    """Whether the owner ran on this machine since its last start and its process is gone.
+
+    Of another container's processes nothing is known: their numbers mean others here.
+    """
     me = _owner()
-    if (owner.get("host"), owner.get("boot")) != (me["host"], me["boot"]) or not me["boot"]:
+    place = ("host", "boot", "pid_namespace")
+    if [owner.get(name) for name in place] != [me[name] for name in place] or not me["boot"]:
         return False
     try:
         process = psutil.Process(owner["pid"])
@@ -111,7 +126,8 @@ class Lease:
         if not self._store.create(self._name(number), self._content()):
             return False
         self._number, self._lost, self._stop = number, False, threading.Event()
-        self._forget_before(number)
+        # The last one stays for a moment: a slow holder must find a higher number, not a gap.
+        self._remove_up_to(number - 2)
         self._thread = threading.Thread(
             target=self._beat, name=f"lease {self._folder}", daemon=True
         )
@@ -159,7 +175,7 @@ class Lease:
 
     def is_ours(self) -> bool:
         """Whether the lease is still this one's, by what the store says now."""
-        return self._number is not None and not self._lost and self._still_ours()
+        return self._number is not None and not self._lost and self._is_mine(self._newest())
 
     def check(self) -> None:
         """Raises LeaseLost when another builder has taken over."""
@@ -175,18 +191,20 @@ class Lease:
         if self._number is not None and not self._lost:
             try:
                 self._store.write_bytes(self._name(self._number), self._content(released=True))
-            except (OSError, StoreError) as error:
+            except Exception as error:  # noqa: BLE001 (drivers raise errors of many kinds)
                 # What was built is published; others wait out the lease's time, no more.
-                _LOG.warning("%s: not given back: %s", self._folder, error)
+                _LOG.warning("%s: not given back: %r", self._folder, error)
         self._number = None
 
     def forget(self) -> None:
         """Give the lease back and leave nothing of it, for a key that is no more."""
         self._stop_beating()
-        if self._number is not None and not self._lost:
-            for name in sorted(self._store.sizes(self._folder)):  # the holder's, the last, last
-                self._store.remove(f"{self._folder}/{name}")
-            self._store.prune(self._folder)
+        try:
+            if self.is_ours():
+                self._remove_up_to(self._number)
+                self._store.prune(self._folder)
+        except Exception as error:  # noqa: BLE001 (as in `release`)
+            _LOG.warning("%s: not given back: %r", self._folder, error)
         self._number = None
 
     def _stop_beating(self) -> None:
@@ -228,7 +246,7 @@ class Lease:
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
         try:
-            names = [n for n in self._store.sizes(self._folder) if n.endswith(".json")]
+            names = [n for n in self._store.sizes(self._folder) if _NAME.fullmatch(n)]
         except FileNotFoundError:
             return None
         for name in sorted(names, reverse=True):
@@ -256,28 +274,33 @@ class Lease:
         said = data.get("seconds")
         return float(said) if isinstance(said, (int, float)) else self._seconds
 
-    def _still_ours(self) -> bool:
-        newest = self._newest()
+    def _is_mine(self, newest: tuple[int, dict[str, Any]] | None) -> bool:
         return newest is not None and (newest[0], newest[1].get("token")) == (
             self._number,
             self._token,
         )
 
-    def _forget_before(self, number: int) -> None:
-        # The last one stays for a moment: a slow holder must find a higher number, not a gap.
-        for name in self._store.sizes(self._folder):
-            stem = name.removesuffix(".json")
-            if stem.isdigit() and int(stem) < number - 1:
+    def _remove_up_to(self, number: int | None) -> None:
+        """Remove the files of a number and of those below it, what killed writers left too."""
+        for name in sorted(self._store.sizes(self._folder)):  # the holder's, the last, last
+            stem = name.partition(".")[0]
+            if number is not None and stem.isdecimal() and int(stem) <= number:
                 self._store.remove(f"{self._folder}/{name}")
 
     def _beat(self) -> None:
+        missed = False
         while not self._stop.wait(self._seconds / _BEATS_PER_LEASE):
             try:
-                if not self._still_ours():
+                newest = self._newest()
+                if newest is None and not missed:
+                    missed = True  # an empty listing is believed when it comes twice
+                    continue
+                missed = False
+                if not self._is_mine(newest):
                     self._lost = True
                     return
                 self._beats += 1
                 self._write()
-            except (OSError, StoreError) as error:
+            except Exception as error:  # noqa: BLE001 (an error of any kind would end the thread)
                 # The next beat may get through; if none does, a higher number will tell us.
-                _LOG.warning("%s: no heartbeat: %s", self._folder, error)
+                _LOG.warning("%s: no heartbeat: %r", self._folder, error)

@@ -12,18 +12,19 @@ import io
 import os
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.compression import compr
-from fsspec.utils import infer_compression
+from fsspec.utils import glob_translate, infer_compression
 
-from regrow.infra.listing import Entry, entry_of
+from regrow.infra.listing import Entry, entry_of, files_below, info_of
+from regrow.infra.parallel import in_parallel, set_when_left
 from regrow.infra.patient_file import PatientFile, read_range
 from regrow.infra.remote import TRIES, StoreError, error_code, patiently
 from regrow.infra.secrets import mask_secrets
@@ -49,6 +50,7 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "memory"}
 _ONE_THREAD = {"sftp", "ssh"}
 # user:password@, where the password may have a slash, as keys of S3 have; not a port.
 _WITH_PASSWORD = re.compile(r"[^/:@]*:(?!\d+(/|$))[^@]*@")
+_MAGIC = re.compile(r"[*?[]")
 _WITH_HOST = {"sftp", "ssh", "ftp", "smb"}
 # Servers that may know neither a file's size nor how to give a part of it.
 _STREAMS = {"http", "https"}
@@ -129,21 +131,34 @@ def _is_local(fs: Any) -> bool:
 def expand(pattern: str) -> list[str]:
     """The files that a path, directory, glob or URL names, sorted; empty when there are none."""
     fs, path = _file_system(pattern)
-    found = _asked(fs, pattern, lambda: _found(fs, path))
+    protocol, _, rest = pattern.partition("://")
+    found = _asked(fs, pattern, lambda: _found(fs, path, protocol))
     if _is_local(fs):
         return sorted(found)
-    protocol, _, rest = pattern.partition("://")
     if protocol in _WITH_HOST:  # of which their names do not tell
         return sorted(f"{protocol}://{rest.partition('/')[0]}{name}" for name in found)
     return sorted(fs.unstrip_protocol(name) for name in found)
 
 
-def _found(fs: Any, path: str) -> list[str]:
-    if any(mark in path for mark in "*?["):
-        return [name for name in fs.glob(path) if fs.isfile(name)]
-    if fs.isdir(path):
-        return fs.find(path)
-    return [path] if fs.exists(path) else []
+def _found(fs: Any, path: str, protocol: str) -> list[str]:
+    if _MAGIC.search(path):
+        names = fs.glob(path) if protocol in _OBJECT_STORES | _STREAMS else _matching(fs, path)
+        return [name for name in names if (info_of(fs, name) or {}).get("type") == "file"]
+    if protocol in _STREAMS:  # a page of links is a folder there, and a file too
+        return fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else []
+    if protocol not in _OBJECT_STORES:
+        return list(files_below(fs, path))
+    info = info_of(fs, path)
+    return [] if info is None else fs.find(path) if info["type"] == "directory" else [path]
+
+
+def _matching(fs: Any, pattern: str) -> list[str]:
+    """As `fs.glob`, which takes folders that cannot be listed for empty ones."""
+    fixed = _MAGIC.split(pattern, maxsplit=1)[0]
+    root = fixed.rpartition("/")[0] or fixed[:1]
+    depth = None if "**" in pattern else pattern.count("/") - fixed.count("/") + 1
+    matches = re.compile(glob_translate(pattern)).match
+    return [name for name in files_below(fs, root, depth) if matches(name)]
 
 
 def open_url(url: str) -> IO[bytes]:
@@ -307,16 +322,21 @@ class Store:
 
     def _create_unconditionally(self, name: str, data: bytes) -> bool:
         """Look, write and look again: two writers of one moment may both be told that they won."""
-        if self._fs.exists(self.path(name)):
+        if info_of(self._fs, self.path(name)) is not None:
             return False
         self._write_remote(name, data)
         return self._fs.cat_file(self.path(name)) == data
 
     def _write_beside(self, name: str, data: bytes) -> str:
         path = self.path(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "wb") as file:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            file = open(temporary, "wb")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # another process's `prune` took the empty folder
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = open(temporary, "wb")  # noqa: SIM115
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -324,7 +344,7 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        return self._call(lambda: self._fs.exists(self.path(name)))
+        return self._call(lambda: info_of(self._fs, self.path(name)) is not None)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """{name relative to `prefix`: size in bytes} of all files below it."""
@@ -333,8 +353,12 @@ class Store:
     def entries(self, prefix: str) -> dict[str, Entry]:
         """{name relative to `prefix`: size and time} of all files below it."""
         base = self.path(prefix)
-        found = self._call(lambda: self._fs.find(base, detail=True))
-        return {name[len(base) + 1 :]: entry_of(info) for name, info in found.items()}
+        return {name[len(base) + 1 :]: entry_of(info) for name, info in self._files(base).items()}
+
+    def _files(self, path: str) -> Mapping[str, Mapping[str, Any]]:
+        if self._has_folders:
+            return self._call(lambda: files_below(self._fs, path))
+        return self._call(lambda: self._fs.find(path, detail=True))
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the directories directly below `prefix`, sorted."""
@@ -352,7 +376,7 @@ class Store:
             link: on a local disk, make hard links where possible. Only for files that nobody
                 changes afterwards: both names then share their bytes.
         """
-        _in_parallel(lambda pair: self._put(pair[0], pair[1], link), pairs)
+        in_parallel(lambda pair: self._put(pair[0], pair[1], link), pairs, _TRANSFERS)
 
     def _put(self, source: Path, name: str, link: bool) -> None:
         if self.local is None:
@@ -385,9 +409,15 @@ class Store:
         known = sizes or {}
         for _, target in pairs:
             target.parent.mkdir(parents=True, exist_ok=True)
-        _in_parallel(lambda pair: self._get(pair[0], pair[1], known.get(pair[0])), pairs)
+        stop = threading.Event()
 
-    def _get(self, name: str, target: Path, size: int | None) -> None:
+        def get(pair: tuple[str, Path]) -> None:
+            with set_when_left(stop):
+                self._get(*pair, known.get(pair[0]), stop)
+
+        in_parallel(get, pairs, _TRANSFERS, stop)
+
+    def _get(self, name: str, target: Path, size: int | None, stop: threading.Event) -> None:
         if self.local is not None:
             shutil.copyfile(self.path(name), target)
             return
@@ -396,13 +426,15 @@ class Store:
         with target.open("wb") as out:
             out.truncate(whole)
         starts = range(0, whole, _PART)
-        _in_parallel(
-            lambda start: self._get_range(path, target, start, whole), starts, _PARTS_AT_ONCE
-        )
+
+        def get_range(start: int) -> None:
+            if not stop.is_set():  # else the error or the Ctrl-C that set it is on its way up
+                self._get_range(path, target, start, whole)
+
+        in_parallel(get_range, starts, _PARTS_AT_ONCE, stop)
 
     def _get_range(self, path: str, target: Path, start: int, size: int) -> None:
         end = min(start + _PART, size)
-
         data = self._call(lambda: read_range(self._fs, path, start, end))
         with target.open("r+b") as out:
             out.seek(start)
@@ -419,7 +451,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(path, recursive=True)
             return
-        there = self._call(lambda: self._fs.find(path))
+        there = list(self._files(path))
         if there or not self._is_s3:
             with contextlib.suppress(FileNotFoundError):
                 # What is known is not listed once more.
@@ -427,7 +459,7 @@ class Store:
                 self._call(lambda: self._fs.rm(what, recursive=not self._is_s3))
         # S3 answers a removal of many names with success and tells of each refusal within, which
         # s3fs passes over. Removed alone, a name's refusal is an error, and a passing one passes.
-        left = set(there) & set(self._call(lambda: self._fs.find(path))) if there else set()
+        left = set(there) & set(self._files(path)) if there else set()
         for name in sorted(left):
             with contextlib.suppress(FileNotFoundError):
                 self._call(lambda name=name: self._fs.rm_file(name))
@@ -463,15 +495,3 @@ class Store:
                 f"cannot write to the store {self.url}: {why}. Check the path, the permissions "
                 "and the free space, or choose another with REGROW_STORE or the recipe key `store`"
             ) from error
-
-
-def _in_parallel(
-    work: Callable[[Any], Any], items: Iterable[Any], at_once: int = _TRANSFERS
-) -> None:
-    pending = list(items)
-    if len(pending) == 1:
-        work(pending[0])
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(work, pending):
-            pass

@@ -7,20 +7,22 @@ named, removed and built again, and so is a damaged input, while everything else
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import fcntl
 import re
 import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from regrow.infra import provenance
-from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
+from regrow.infra.artifacts import RECORD, ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.hub import HubError
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.lease import Lease, LeaseLost
@@ -31,6 +33,7 @@ from regrow.tasks.stage import Reporter, Stage, StageError, StageJob, canonical,
 
 _POLL_SECONDS = 1.0  # between two looks at a key that another process builds
 _SETTLE_TRIES = 5  # damaged inputs rebuilt in one stage before we believe the disk is broken
+_AT_WORK = ".at-work"  # in a work directory; locked for as long as its process lives
 
 EXPECTED = (
     StageError,
@@ -100,6 +103,24 @@ class Builder:
         other = copy.copy(self)
         other._notes = dict(notes)
         return other
+
+    def announce(self, what: str, stages: Iterable[Stage], tell: Callable[[str], None]) -> Lease:
+        """Let it be known that these stages' artifacts are in use, until the lease is forgotten.
+
+        Called before they are looked up: `gc` then leaves what is found. A process that is killed
+        stays silent, and so counts no more. A store that refuses is worth a line, and no more.
+
+        Args:
+            what: of the one that uses them: "runs", "reruns".
+        """
+        needs = [stage_key(each) for each in stages]
+        name = f"{what}/{uuid.uuid4().hex}"  # nobody else's: it only says what must stay
+        lease = Lease(self.artifacts.store, name, self._lease_seconds, needs)
+        try:
+            lease.try_acquire()
+        except (StoreError, OSError) as error:
+            tell(f"warning: `regrow store gc` may remove what this uses meanwhile: {error}")
+        return lease
 
     def find(self, stage: Stage) -> Record | None:
         """The stage's complete and undamaged record, or None.
@@ -171,30 +192,33 @@ class Builder:
         report: Reporter,
         tracking: Callable[[], Mapping[str, str] | None],
     ) -> Record:
-        work = self._fresh_work_directory(stage)
         try:
-            units = Units(self.artifacts, work / "units", report, lease)
-            job = self._job(stage, work, work / "out", units, report)
-            result = stage.function()(replace(job, tracking=tracking()))
-            lease.check()
-            record = self.artifacts.publish(
-                stage_key(stage),
-                job.out,
-                stage=stage.name,
-                spec=canonical(stage.spec),
-                inputs={name: source.key for name, source in stage.inputs.items()},
-                result=canonical(result),
-                provenance=self._provenance(stage),
-            )
-            if lease.is_ours():  # else somebody else is at it: what is left over is `gc`'s
-                self.artifacts.remove_other_attempts(record)
-                self.artifacts.store.remove(checkpoint_prefix(stage))
+            self._remove_leftovers(stage)  # first: they may be what fills the disk
+            with self._work_directory(stage) as work:
+                units = Units(self.artifacts, work / "units", report, lease)
+                job = self._job(stage, work, work / "out", units, report)
+                result = stage.function()(replace(job, tracking=tracking()))
+                lease.check()
+                return self._publish(job, result, lease)
         except EXPECTED:
             raise
         except Exception as error:
             raise self._explained(stage, error) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+
+    def _publish(self, job: StageJob, result: Any, lease: Lease) -> Record:
+        stage = job.stage
+        record = self.artifacts.publish(
+            stage_key(stage),
+            job.out,
+            stage=stage.name,
+            spec=canonical(stage.spec),
+            inputs={name: source.key for name, source in stage.inputs.items()},
+            result=canonical(result),
+            provenance=self._provenance(stage),
+        )
+        if lease.is_ours():  # else somebody else is at it: what is left over is `gc`'s
+            self.artifacts.remove_other_attempts(record)
+            self.artifacts.store.remove(checkpoint_prefix(stage))
         return record
 
     def _job(self, stage: Stage, work: Path, out: Path, units: Units, report: Reporter) -> StageJob:
@@ -224,25 +248,15 @@ class Builder:
         Raises:
             StageError: for a fault the user can mend. Whatever the runner raises is passed on.
         """
-        work = self._fresh_work_directory(stage)
-        apart = ArtifactStore(Store(work / "store"), work / "cache")
-        units = Units(apart, work / "units", report)
-        lease = Lease(
-            self.artifacts.store,
-            f"reruns/{uuid.uuid4().hex}",
-            self._lease_seconds,
-            [stage_key(each) for each in stage.inputs.values()],
-        )
+        lease = self.announce("reruns", stage.inputs.values(), report.log)
         try:
-            try:
-                lease.try_acquire()  # nobody else's: it only says what must stay meanwhile
-            except (StoreError, OSError) as error:
-                report.log(f"warning: what this reads may be removed meanwhile: {error}")
-            job = self._job(stage, work, out, units, report)
-            stage.function()(replace(job, checkpoints=None))
+            with self._work_directory(stage) as work:
+                apart = ArtifactStore(Store(work / "store"), work / "cache")
+                units = Units(apart, work / "units", report)
+                job = self._job(stage, work, out, units, report)
+                stage.function()(replace(job, checkpoints=None))
         finally:
             lease.forget()
-            shutil.rmtree(work, ignore_errors=True)
 
     def _explained(self, stage: Stage, error: Exception) -> StageError:
         """One message for what nobody foresaw; its traceback goes into a file."""
@@ -272,18 +286,46 @@ class Builder:
                 return self.artifacts.fetch(record)
             except ArtifactDamaged as damage:
                 report.log(f"{stage.title}: {damage}; it is built again")
-                self.artifacts.remove(stage_key(stage))
+                self._remove_damaged(record)
         raise StageError(
             f"{stage.title}: its artifact was damaged {_SETTLE_TRIES} times in a row in "
             f"{self.artifacts.store.url}; check that disk or bucket"
         )
 
-    def _fresh_work_directory(self, stage: Stage) -> Path:
-        root = self._home / "work"
-        # We hold the key's lease: what an earlier attempt on this machine left is nobody's.
-        for leftover in root.glob(f"{stage.key[:16]}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return root / f"{stage.key[:16]}-{uuid.uuid4().hex[:8]}"
+    def _remove_damaged(self, damaged: Record) -> None:
+        """Remove an artifact, unless somebody has built it again meanwhile."""
+        lease = Lease(self.artifacts.store, damaged.key, self._lease_seconds)
+        while not lease.try_acquire():
+            if not _is_there(self.artifacts, damaged):
+                return
+            time.sleep(_POLL_SECONDS)
+        with lease:
+            if _is_there(self.artifacts, damaged):
+                self.artifacts.remove(damaged.key)
+
+    @contextlib.contextmanager
+    def _work_directory(self, stage: Stage) -> Iterator[Path]:
+        """A new directory that nobody takes for a leftover while this process lives."""
+        name = f"{stage.key[:16]}-{uuid.uuid4().hex[:8]}"
+        # It gets its name when it is locked: nobody must find it before.
+        unlocked, work = self._home / "work" / f"new-{name}", self._home / "work" / name
+        try:
+            with (_new_directory(unlocked) / _AT_WORK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield unlocked.rename(work)
+        finally:
+            for path in (unlocked, work):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_leftovers(self, stage: Stage) -> None:
+        """Remove what killed attempts at this stage left on this machine."""
+        for found in (self._home / "work").glob(f"{stage.key[:16]}-*"):
+            try:
+                with (found / _AT_WORK).open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # at work: a rerun, or a builder into another store; or just removed
+            shutil.rmtree(found, ignore_errors=True)
 
 
 class _Inputs(Mapping[str, Path]):
@@ -334,13 +376,14 @@ class Units:
         key = f"units/{fingerprint(identity)}"
         if self._lease is not None:
             self._lease.need("units")
+        record = None
         try:
             record = self._artifacts.lookup(key)
             if record is not None:
                 return self._artifacts.fetch(record), dict(record.result), False
         except ArtifactDamaged as damage:
             self._report.log(f"{name}: {damage}; it is built again")
-            self._artifacts.remove(key)
+            self._remove_damaged(record)
         out = _new_directory(self._work / uuid.uuid4().hex)
         result = canonical(build(out))
         record = self._artifacts.publish(
@@ -348,6 +391,27 @@ class Units:
         )
         shutil.rmtree(out)
         return self._artifacts.fetch(record), result, True
+
+    def _remove_damaged(self, damaged: Record | None) -> None:
+        """Remove that attempt at a unit, and its record if nobody has put another in its place.
+
+        Units have no lease: what another builder is writing there must stay. A record that cannot
+        be read (None) gives way when the new one is published.
+        """
+        if damaged is None:
+            return
+        if _is_there(self._artifacts, damaged):
+            self._artifacts.store.remove(f"{damaged.key}/{RECORD}")
+        self._artifacts.store.remove(f"{damaged.key}/{damaged.attempt}")
+
+
+def _is_there(artifacts: ArtifactStore, record: Record) -> bool:
+    """Whether the key still has this record, or one that cannot be read, and no newer one."""
+    try:
+        now = artifacts.lookup(record.key)
+    except ArtifactDamaged:
+        return True
+    return now is not None and now.attempt == record.attempt
 
 
 def _new_directory(path: Path) -> Path:

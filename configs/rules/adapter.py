@@ -88,9 +88,22 @@ def qlora_is_four_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach
 @rule("bnb_config_kwargs", "load_in_4bit", "load_in_8bit")
 def quantization_has_its_arguments(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """What Transformers' BitsAndBytesConfig takes."""
-    for name in recipe.bnb_config_kwargs:
+    for name, value in recipe.bnb_config_kwargs.items():
+        known = _BNB_VALUES.get(name, (value,))
         if not name.startswith(("bnb_4bit_", "llm_int8_")):
             yield ("bnb_config_kwargs", name), "no such argument", "It starts with bnb_4bit_"
+        elif not any(value is other or value == other for other in known):
+            names = ", ".join(str(other).lower() for other in known)
+            yield ("bnb_config_kwargs", name), f"expected one of {names}", f"Use {known[0]}"
+
+
+_BNB_VALUES: dict[str, tuple[object, ...]] = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
+    "bnb_4bit_quant_storage": ("uint8", "int8", "bfloat16", "float16", "float32", "float64"),
+}
+"""Transformers 5.23's `BitsAndBytesConfig`."""
 
 
 @rule("model_quantization_config", "model_quantization_config_kwargs", "load_in_4bit")

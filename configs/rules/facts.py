@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from regrow.configs.architectures import ARCHITECTURES, OF_EXPERTS, Layers
-from regrow.configs.facts import Facts, ModelFacts, TokenizerFacts
+from regrow.configs.facts import SEPARABLE_LAYERS, Facts, ModelFacts, TokenizerFacts
 from regrow.configs.faults import Notice
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.patterns import is_pattern
@@ -84,7 +84,6 @@ def the_tokenizer_is_described(
 
 
 _DEQUANTIZED = ("fp8", "mxfp4")
-_SEPARABLE = {"full_attention", "sliding_attention"}
 
 
 @of_model("base_model")
@@ -106,12 +105,25 @@ def plain_weights_need_no_dequantizing(recipe: Recipe, model: ModelFacts) -> Ite
 @of_model("base_model", "context_parallel_size", "output_router_logits")
 def layers_keep_examples_apart(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
     """Layers that carry one packed example into the next compute them side by side, padded."""
-    others = ", ".join(sorted(model.mixers - _SEPARABLE))
+    others = ", ".join(sorted(model.mixers - SEPARABLE_LAYERS))
     why = f"the model's layers ({others}) compute examples side by side, which does not go with it"
     if others and recipe.context_parallel_size > 1:
         yield ("context_parallel_size",), why, "Use `fsdp_config` to save memory"
     if others and recipe.output_router_logits:
         yield ("output_router_logits",), why, "Remove it"
+
+
+@of_model("base_model", "quantize_moe_experts", "output_router_logits")
+def experts_are_there(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
+    """What is said of experts needs a mixture of them, where the architecture is known."""
+    known = ARCHITECTURES.get(model.kind or "")
+    if known is None or known.has_experts:
+        return
+    why = f"a model of the kind {model.kind} has no experts"
+    if recipe.output_router_logits:
+        yield Notice("note", ("output_router_logits",), f"{why}; training will refuse it")
+    if recipe.quantize_moe_experts:
+        yield Notice("ignored", ("quantize_moe_experts",), why)
 
 
 @of_model("peft_layers_to_transform")
@@ -174,13 +186,15 @@ def rows_are_as_long_as_positions(recipe: Recipe, model: ModelFacts) -> Iterator
         yield Notice("note", ("sequence_len",), why)
 
 
-@of_tokenizer("datasets", "chat_template")
+@of_tokenizer("datasets", "chat_template", "tokenizer_use_mistral_common")
 def conversations_have_a_template(
     recipe: Recipe, tokenizer: TokenizerFacts, facts: Facts
 ) -> Iterator[Found]:
     """Conversations are rendered with a template, the recipe's or the tokenizer's."""
     if tokenizer.has_template is not False or recipe.data_kind != "sft":
         return
+    if recipe.tokenizer_use_mistral_common:
+        return  # it needs none
     given = [recipe.chat_template, *(entry.chat_template for entry in recipe.datasets)]
     if any("fallback" in (name or "") for name in given):
         return
@@ -235,6 +249,7 @@ FACT_RULES: tuple[FactRule, ...] = (
     stored_weights_can_be_merged_into,
     plain_weights_need_no_dequantizing,
     layers_keep_examples_apart,
+    experts_are_there,
     layers_are_there,
     targets_are_layers,
     rows_are_as_long_as_positions,

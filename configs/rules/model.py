@@ -88,11 +88,20 @@ def mistral_common_writes_all_itself(recipe: Recipe, given: frozenset[str]) -> I
     if recipe.train_on_inputs:
         why = "`tokenizer_use_mistral_common: true` trains answers alone"
         yield ("train_on_inputs",), why, "Use false"
+    yield from _of_entries(recipe)
+
+
+def _of_entries(recipe: Recipe) -> Iterator[Breach]:
+    """What mistral-common decides for each dataset. (Filling in has given entries without a
+    template the recipe's, which is spoken of already.)"""
     for name in ("datasets", "test_datasets"):
         for number, entry in enumerate(getattr(recipe, name)):
             if entry.type != "chat_template":
                 why = "`tokenizer_use_mistral_common: true` is for conversations"
                 yield (name, number, "type"), why, "Use chat_template"
+            elif entry.chat_template not in (None, "tokenizer_default", recipe.chat_template):
+                why = "`tokenizer_use_mistral_common: true` decides it"
+                yield (name, number, "chat_template"), why, "Use one of the two"
 
 
 @rule("fp8", "adapter")

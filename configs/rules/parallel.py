@@ -67,31 +67,39 @@ def sizes_need_fsdp(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
             yield (key,), "it says how FSDP shards, which is off", "Add `fsdp_config: {}`"
 
 
-@rule("dp_replicate_size", "dp_shard_size", "num_processes", "ray_num_workers", "launcher")
+@rule(
+    *("dp_replicate_size", "dp_shard_size", "context_parallel_size"),
+    *("num_processes", "ray_num_workers", "launcher"),
+)
 def sizes_multiply_to_the_processes(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Copies times processes of a copy make all processes, of one machine or of several.
 
     How many machines there will be a recipe says with `ray_num_workers` only; where both sizes are
-    given they may ask for several.
+    given they may ask for several, and so may processes that share rows.
     """
     shards, copies, local = recipe.dp_shard_size, recipe.dp_replicate_size, recipe.num_processes
+    context = recipe.context_parallel_size
     if local is None:
         return
-    if recipe.launcher == "ray" and recipe.ray_num_workers:
-        total = local * recipe.ray_num_workers
-        if total % ((shards or 1) * copies):
-            why = _not_divided((shards or 1) * copies, total)
-            yield ("dp_shard_size" if shards else "dp_replicate_size",), why, "Remove it"
-    elif shards is None and local % copies:
+    workers = recipe.ray_num_workers if recipe.launcher == "ray" else None
+    total, product = local * (workers or 1), (shards or 1) * copies * (context if shards else 1)
+    if workers and total % product:
+        key = "dp_shard_size" if shards else "dp_replicate_size"
+        yield (key,), _not_divided(product, total, context), "Remove it"
+    elif shards is None and not workers and local % copies:
         why = f"{local} processes cannot be {copies} copies of a model"
         remedy = "With several machines add `dp_shard_size`, the processes that share one copy"
         yield ("dp_replicate_size",), why, remedy
-    elif shards is not None and local % (shards * copies) and (shards * copies) % local:
-        yield ("dp_shard_size",), _not_divided(shards * copies, local), "Remove it"
+    elif shards is not None and total % product and product % total:
+        yield ("dp_shard_size",), _not_divided(product, local, context), "Remove it"
+    if shards is None and total % context and (workers or context % local):
+        why = f"{total} processes are no groups of {context} that share rows"
+        yield ("context_parallel_size",), why, "Lower it, or change `num_processes`"
 
 
-def _not_divided(product: int, processes: int) -> str:
-    why = f"dp_replicate_size * dp_shard_size is {product}, which does not divide the "
+def _not_divided(product: int, processes: int, context: int) -> str:
+    shared = " * context_parallel_size" if context > 1 else ""
+    why = f"dp_replicate_size * dp_shard_size{shared} is {product}, which does not divide the "
     return f"{why}{processes} processes"
 
 
@@ -112,17 +120,11 @@ def muon_sees_whole_matrices(recipe: Recipe, given: frozenset[str]) -> Iterator[
         yield ("optimizer",), why, "Use adamw_torch_fused, or `fsdp_config` for `deepspeed`"
 
 
-@rule("optimizer", "fsdp_config", "tensor_parallel_size")
+@rule("optimizer", "fsdp_config")
 def int8_states_are_not_sharded(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """bitsandbytes' kernels take plain tensors, not those that FSDP2 or tensor parallelism
-    divides."""
-    divided = recipe.fsdp_config is not None or recipe.tensor_parallel_size > 1
-    if divided and recipe.optimizer in get_args(BitsandbytesOptimizer):
+    """bitsandbytes' kernels take plain tensors, not those that FSDP2 divides."""
+    if recipe.fsdp_config is not None and recipe.optimizer in get_args(BitsandbytesOptimizer):
         why = "bitsandbytes' optimizers cannot take the tensors that FSDP2 shards"
-        if recipe.fsdp_config is None:
-            why = (
-                "bitsandbytes' optimizers cannot take the tensors that tensor_parallel_size divides"
-            )
         yield ("optimizer",), why, "Use adamw_torch_8bit" if "8bit" in recipe.optimizer else _PLAIN
 
 
@@ -144,8 +146,40 @@ def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> It
         yield key, why, f"Use {local}, or `fsdp_config` to divide the model otherwise"
 
 
+_BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that take each number by itself, so that a part of a matrix is like any other."""
+
+_OF_WHOLE_LAYERS = (
+    *("unfrozen_parameters", "reinit_weights", "output_router_logits"),
+    *("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio"),
+    *("lora_model_dir", "peft_use_dora", "lora_modules_to_save", "lora_target_parameters"),
+    "peft_trainable_token_indices",
+)
+
+
+@rule("tensor_parallel_size", "optimizer", "peft_init_lora_weights", "peft", *_OF_WHOLE_LAYERS)
+def divided_layers_are_trained_plainly(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """What `regrow.tasks.train.parallel` and `regrow.tasks.modeling.tensor_parallel` refuse: needs
+    of whole layers, or of one kind of tensors in a group of the optimizer."""
+    if recipe.tensor_parallel_size == 1:
+        return
+    if recipe.optimizer not in _BY_ELEMENT:
+        why = "it cannot take the tensors that tensor_parallel_size divides"
+        yield ("optimizer",), why, _PLAIN
+    why = "tensor_parallel_size divides layers, and it needs whole ones"
+    remedy = "Remove it, or use `fsdp_config`"
+    for key in _OF_WHOLE_LAYERS:
+        if getattr(recipe, key):
+            yield (key,), why, remedy
+    if recipe.peft_init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        own = "peft_init_lora_weights" in given
+        path = ("peft_init_lora_weights",) if own else ("peft", "loftq_config")
+        yield path, why, remedy
+
+
 RULES = (
     divided_layers_are_whole_copies,
+    divided_layers_are_trained_plainly,
     one_way_of_sharding,
     deepspeed_says_only_where,
     deepspeed_is_a_configuration,

@@ -45,9 +45,37 @@ _INNERMOST = re.compile(r"\(([^()]*)\)([*+]|\{\d*,\})?")
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 
 
+_QUANTIFIER = r"(?:[*+?]|\{[\d,]*\})"
+_ATOM = re.compile(rf"(\\.|\[[^\]]+\]|[^()\[\]|\\*+?{{}}])({_QUANTIFIER}*)", re.DOTALL)
+_REPEATED = re.compile(
+    rf"\\.|\[[^\]]+\]|\((?:\?:)?((?:{_ATOM.pattern})+)\)(?:[*+]|\{{\d*,\}})", re.DOTALL
+)
+
+
+def _has_an_end(atoms: list[tuple[str, str]]) -> bool:
+    """Whether a group holds the sign it ends in a fixed number of times, as `(\\w+\\.)` does: then
+    its repetitions fall apart in one way only."""
+    *before, (end, quantifier) = atoms
+    sign = end.removeprefix("\\")
+    if quantifier or len(sign) != 1 or end in (".", "^", "$") or (end != sign and sign.isalnum()):
+        return False
+    others = [atom for atom, repeated in before if (atom, repeated) != (end, "")]
+    try:
+        return not any(re.fullmatch(atom, sign, re.IGNORECASE | re.DOTALL) for atom in others)
+    except re.error:
+        return False
+
+
+def _once(match: re.Match[str]) -> str:
+    """A repeated group with an end, as plain as `a+`."""
+    ended = match[1] is not None and _has_an_end(_ATOM.findall(match[1]))
+    return "a+" if ended else match[0]
+
+
 def _repeats_repetitions(pattern: str) -> bool:
-    """Whether a group that holds an unbounded repetition is itself repeated without bound."""
-    rest = _ESCAPED.sub("a", pattern)
+    """Whether a group that holds an unbounded repetition is itself repeated without bound, and
+    could be so in many ways."""
+    rest = _ESCAPED.sub("a", _REPEATED.sub(_once, pattern))
     while match := _INNERMOST.search(rest):
         repeats = _UNBOUNDED.search(match[1]) is not None
         if repeats and match[2]:

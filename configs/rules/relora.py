@@ -35,15 +35,6 @@ def relora_is_complete(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach
         yield ("optimizer",), why, f"Use one of {', '.join(_OPTIMIZERS)}"
 
 
-@rule("relora", "relora_prune_method", "relora_prune_ratio")
-def pruning_is_relora_s(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """relora_prune_method and relora_prune_ratio are about ReLoRA's restarts."""
-    for key in ("relora_prune_method", "relora_prune_ratio"):
-        default = Recipe.model_fields[key].default
-        if getattr(recipe, key) != default and not recipe.relora:
-            yield (key,), "`relora` is not on", "Add `relora: true` or remove this"
-
-
 @rule(
     "relora",
     "peft_use_dora",
@@ -53,6 +44,7 @@ def pruning_is_relora_s(recipe: Recipe, given: frozenset[str]) -> Iterator[Breac
     "peft_trainable_token_indices",
     "lora_target_parameters",
     "load_best_model_at_end",
+    "early_stopping_patience",
     "fsdp_config",
     "deepspeed",
     "tensor_parallel_size",
@@ -75,7 +67,8 @@ def rounds_sum_up(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
         yield ("peft_init_lora_weights",), "each round of `relora` begins at 0", "Remove it"
     if recipe.load_best_model_at_end:
         why = "the best step may be of an earlier round, whose adapter is gone"
-        yield ("load_best_model_at_end",), why, "Remove it"
+        asked = ("load_best_model_at_end", "early_stopping_patience")
+        yield (next(key for key in asked if key in given),), why, "Remove it"
     for key in ("fsdp_config", "deepspeed"):
         if getattr(recipe, key):
             yield (key,), "`relora` was not made for sharded models", "Remove it: DDP works"
@@ -84,4 +77,4 @@ def rounds_sum_up(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
         yield ("tensor_parallel_size",), why, "Remove it: DDP works"
 
 
-RULES = (relora_is_complete, pruning_is_relora_s, rounds_sum_up)
+RULES = (relora_is_complete, rounds_sum_up)

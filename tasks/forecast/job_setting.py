@@ -120,8 +120,8 @@ def stored_adapter(directory: Path) -> AdapterSettings:
 
 
 def _kernels(placement: TrainPlacement) -> tuple[str, ...]:
-    """On a GPU, where "auto" means all."""
-    wanted = placement.kernels
+    """On a GPU, where "auto" means all that take whole layers."""
+    wanted = placement.kernels if placement.sharding.tensor_parallel_size == 1 else "off"
     if isinstance(wanted, str):
         return KERNELS if wanted == "auto" else ()
     return tuple(name for name in KERNELS if name in wanted)
@@ -139,6 +139,8 @@ def division_of(sharding: Sharding, processes: int) -> Division:
             f"context_parallel_size: {processes} processes are no groups of {context}; lower it, "
             "or change num_processes"
         )
+    if sharding.tensor_parallel_size > 1:  # of all processes: `regrow.tasks.train.parallel`
+        return Division(processes, processes, "tp")
     if sharding.fsdp is not None and processes > 1:
         return _fsdp(sharding, processes)
     if processes == 1 or sharding.deepspeed is None:

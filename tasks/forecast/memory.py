@@ -388,7 +388,7 @@ def _workspace(setting: Setting) -> float:
         one = HALF * max(dense, default=0) * (setting.bits == 4 or setting.quantized_experts)
         # An MLP that goes in slices makes its three matrices for all of them.
         total += one * (3 if min(slice_share(layer) for layer in setting.layers()) < 1 else 1)
-    if division.share("weights") < 1:
+    if division.share("weights") < 1 and division.way != "tp":
         total += _gathered(setting)
     return total
 

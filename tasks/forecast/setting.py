@@ -32,7 +32,7 @@ class Division:
     shards: int = 1
     """Processes that share one copy."""
     way: str = "ddp"
-    """ddp, fsdp2, zero1, zero2 or zero3."""
+    """ddp, fsdp2, zero1, zero2, zero3, or tp: layers cut by tensor parallelism."""
     keeps_gathered: bool = False
     """FSDP2 without resharding after the forward pass."""
     offloads_optimizer: bool = False
@@ -43,7 +43,8 @@ class Division:
     @property
     def readers(self) -> int:
         """Groups of processes that read different rows."""
-        return max(1, self.processes // self.context)
+        together = self.shards if self.way == "tp" else 1
+        return max(1, self.processes // self.context // together)
 
     def share(self, part: str) -> float:
         """Of weights, gradients or optimizer: how much of it one GPU holds."""
@@ -53,6 +54,8 @@ class Division:
             "zero2": ("optimizer", "gradients"),
             "zero3": ("optimizer", "gradients", "weights"),
             "fsdp2": ("optimizer", "gradients", "weights"),
+            # Norms are not cut; they are next to nothing.
+            "tp": ("optimizer", "gradients", "weights"),
         }[self.way]
         return 1 / self.shards if part in divided else 1.0
 

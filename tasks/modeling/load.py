@@ -21,6 +21,7 @@ from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from regrow.configs.facts import SEPARABLE_LAYERS, STATEFUL
 from regrow.tasks.modeling import attention as packed
 from regrow.tasks.modeling import side_by_side
 from regrow.tasks.modeling.quantization import Quantization, require_package
@@ -30,15 +31,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Names of dtypes in specs."""
-
-# What the packed attention keeps apart by example. Other layer types (linear attention, state
-# spaces, chunked attention) carry state over the border between examples.
-_SEPARABLE_LAYERS = {"full_attention", "sliding_attention"}
-_STATEFUL = (
-    *("attention_chunk_size", "mamba_d_conv", "mamba_d_state", "ssm_state_size", "state_size"),
-    *("conv_kernel", "conv_L_cache", "lru_width", "linear_conv_kernel_dim"),
-)
-"""Numbers in the configuration of models that have such layers and do not list them."""
 
 
 def load_model(
@@ -174,7 +166,9 @@ def _usable_config(directory: Path, trust_remote_code: bool, attention: str) -> 
         return config, plain if attention == "sdpa" else attention
     packed.register()
     others = _inseparable_layers(config)
-    if not others and plain == "sdpa":
+    # Of what torch's attention has not, ours has the soft cap (Gemma 2).
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if not others and (capped or plain == "sdpa"):
         return config, attention
     logger.info(
         "%s: examples are padded and computed side by side, with the attention %s, since the model "
@@ -294,8 +288,8 @@ def _load_config(directory: Path, trust_remote_code: bool) -> Any:
 
 def _inseparable_layers(config: Any) -> list[str]:
     text = config.get_text_config()
-    others = {str(layer) for layer in getattr(text, "layer_types", None) or ()} - _SEPARABLE_LAYERS
-    others |= {name for name in _STATEFUL if getattr(text, name, None)}
+    others = {str(layer) for layer in getattr(text, "layer_types", None) or ()} - SEPARABLE_LAYERS
+    others |= {name for name in STATEFUL if getattr(text, name, None)}
     return sorted(others)
 
 

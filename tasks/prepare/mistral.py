@@ -186,7 +186,16 @@ def _one_flag(source: Conversation, numbers: Sequence[int]) -> bool:
     return flags.pop()
 
 
+_OF_THINKING = ("think", "reason")
+
+
 def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in message.items():
+        if name not in _READ and value and any(word in name for word in _OF_THINKING):
+            raise RowError(
+                f"mistral-common does not read {name!r}: thinking is a part of `content` there, "
+                "{type: thinking}; write it so, or remove it (and `split_thinking`)"
+            )
     found = {name: message[name] for name in _READ if message.get(name) is not None}
     if found.get("tool_calls"):
         found["tool_calls"] = [_with_text(call) for call in found["tool_calls"]]

@@ -21,7 +21,7 @@ from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, reserved, stay
 from regrow.tasks.forecast.job_setting import Facts, wish_of_job
 from regrow.tasks.forecast.memory import GIB, Memory, memory
 from regrow.tasks.forecast.model_shape import UnknownArchitectureError, model_shape
-from regrow.tasks.forecast.setting import FULL_LAYERS, NONE
+from regrow.tasks.forecast.setting import FULL_LAYERS, NONE, OFFLOAD
 from regrow.tasks.forecast.trainable import UnknownTargetsError
 from regrow.tasks.modeling.kernels import Swapped
 from regrow.tasks.modeling.row_sizes import read_sizes
@@ -65,11 +65,15 @@ def fit(job: WorkerJob, model: Any, kernels: Swapped, split: Split, args: Traini
         model: as it is trained.
     """
     room = smallest_room(args) if args.device.type == "cuda" else None
+    asked = job.placement.gradient_checkpointing
     if is_attached(model):
         wish, unknown = None, "it computes examples side by side, which is not counted yet"
+        if asked == OFFLOAD:
+            logger.warning("gradient_checkpointing: offload is for packed rows; here it is true")
+            asked = True
     else:
         wish, unknown = _wish(job, model.config, kernels, split, args.world_size)
-    found = [decide(job.placement.gradient_checkpointing, wish, unknown, room)]
+    found = [decide(asked, wish, unknown, room)]
     if args.world_size > 1:  # one for all, though their libraries might differ
         torch.distributed.broadcast_object_list(found, src=0, device=args.device)
     if found[0].why:

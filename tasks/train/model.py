@@ -124,10 +124,6 @@ def _check_side_by_side(model: Any, job: WorkerJob) -> None:
         raise StageError(f"output_router_logits: {why}; remove it")
     if job.placement.sharding.context_parallel_size > 1:
         raise StageError(f"context_parallel_size: {why}; remove it")
-    if job.spec.neftune_noise_alpha:
-        raise StageError(f"neftune_noise_alpha: {why}; remove it")
-    if job.placement.gradient_checkpointing == "offload":
-        raise StageError(f"gradient_checkpointing: offload: {why}; use true")
 
 
 def _base(job: WorkerJob, *, whole: bool) -> Any:

@@ -38,11 +38,18 @@ class EmbeddingNoise:
         if not module.training:
             return output
         assert self._cu_seqlens is not None
-        tokens, width = output.shape[1:]
-        per_token = self._lengths
-        if per_token is None:
-            lengths = self._cu_seqlens.diff()
-            per_token = torch.repeat_interleave(lengths, lengths, output_size=tokens)
-        scale = self._alpha / (per_token * width).sqrt()
+        scale = self._alpha / (self._length_of_each(output) * output.shape[-1]).sqrt()
         noise = torch.empty_like(output).uniform_(-1, 1)
-        return output + noise * scale[None, :, None].to(output.dtype)
+        return output + noise * scale[..., None].to(output.dtype)
+
+    def _length_of_each(self, output: Tensor) -> Tensor:
+        """[1, T]: the length of each token's example; [examples, 1] where they stand side by
+        side."""
+        if self._lengths is not None:
+            return self._lengths[None]
+        assert self._cu_seqlens is not None
+        lengths = self._cu_seqlens.diff()
+        examples, tokens = output.shape[:2]
+        if examples == len(lengths) > 1:
+            return lengths[:, None]
+        return torch.repeat_interleave(lengths, lengths, output_size=tokens)[None]

@@ -45,10 +45,23 @@ def run(job: StageJob) -> dict[str, Any]:
         StageError: for what the user can mend.
         WorkerFailed: for any other failure of the worker.
     """
+    log = (job.logs or job.scratch / "train") / f"train-{job.stage.key[:12]}.log"
+    with _machines(job) as machines:  # first: whatever fails from here on, the others hear of it
+        worker_job = _worker_job(job)
+        attempts = Attempts(worker_job, job.report, log.with_suffix(""))
+        while not _launch(machines, attempts, log, job.report):
+            pass
+    for path in sorted(worker_job.out.iterdir()):
+        shutil.move(path, job.out / path.name)
+    result = json.loads(worker_job.result_path.read_text())
+    return result | {"history": thin(result["history"], _MOST_POINTS)}
+
+
+def _worker_job(job: StageJob) -> WorkerJob:
     placement: TrainPlacement = job.placement
     work = job.scratch / "train"
     work.mkdir(parents=True)
-    worker_job = WorkerJob(
+    return WorkerJob(
         spec=job.spec,
         placement=placement,
         prepared=job.inputs["prepare"],
@@ -59,15 +72,6 @@ def run(job: StageJob) -> dict[str, Any]:
         start_adapter=start_adapter(job.spec, placement),
         tracking=job.tracking,
     )
-    logs = job.logs or work
-    attempts = Attempts(worker_job, job.report, logs / f"train-{job.stage.key[:12]}")
-    with _machines(job) as machines:
-        while not _launch(machines, attempts, logs / f"train-{job.stage.key[:12]}.log", job.report):
-            pass
-    for path in sorted(worker_job.out.iterdir()):
-        shutil.move(path, job.out / path.name)
-    result = json.loads(worker_job.result_path.read_text())
-    return result | {"history": thin(result["history"], _MOST_POINTS)}
 
 
 def _checkpoint_place(job: StageJob) -> CheckpointPlace | None:

@@ -174,3 +174,32 @@ def test_the_same_recipe_means_the_same_on_every_machine(load, minimal):
 def test_every_field_says_what_it_means():
     for name, field in Recipe.model_fields.items():
         assert field.description, name
+
+
+EIGHT = "adapter: lora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\nload_in_8bit: true\n"
+
+
+@pytest.mark.parametrize(
+    "written", ["bnb_4bit_quant_type: fp4", "bnb_config_kwargs: {bnb_4bit_quant_type: fp4}"]
+)
+def test_arguments_for_4_bits_do_nothing_in_8(load, minimal, written):
+    loaded = load(f"{minimal}{EIGHT}{written}\n")
+    assert loaded.recipe == load(minimal + EIGHT).recipe
+    assert any("ignored bnb_config_kwargs.bnb_4bit_quant_type" in str(n) for n in loaded.notices)
+
+
+def test_arguments_for_8_bits_stay_beside_them(load, minimal):
+    both = "bnb_config_kwargs: {llm_int8_threshold: 5, bnb_4bit_compute_dtype: torch.float16}\n"
+    assert load(minimal + EIGHT + both).recipe.bnb_config_kwargs == {"llm_int8_threshold": 5}
+
+
+def test_types_may_have_torch_before_them(load, minimal):
+    four = EIGHT.replace("8bit", "4bit") + "bnb_4bit_compute_dtype: torch.float16\n"
+    kwargs = load(minimal + four).recipe.bnb_config_kwargs
+    assert kwargs == {"bnb_4bit_compute_dtype": "float16"}
+
+
+def test_more_processes_than_a_machine_has_are_told(load, minimal):
+    sizes = "fsdp_config: {}\ndp_shard_size: 4\ncontext_parallel_size: 4\nnum_processes: 8\n"
+    told = [str(notice) for notice in load(minimal + sizes).notices]
+    assert any("16 processes, 2 machines with 8 each" in line for line in told)

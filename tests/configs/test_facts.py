@@ -46,6 +46,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "output_router_logits",
         "layers (linear_attention) compute examples side by side",
     ),
+    "experts_are_there": (
+        {"model_type": "llama"},
+        "output_router_logits: true",
+        "output_router_logits",
+        "a model of the kind llama has no experts",
+    ),
     "layers_are_there": (
         {},
         f"{LORA}\npeft_layers_to_transform: [3, 4]",
@@ -192,6 +198,18 @@ def test_targets_are_looked_for_in_known_architectures(model, minimal, kind, tar
         lines = [str(fault) for fault in error.faults]
     found = [line for line in lines if "lora_target_modules" in line]
     assert [told in line for line in found] == ([True] if told else [])
+
+
+@pytest.mark.parametrize(("kind", "told"), [("llama", 1), ("qwen3_moe", 0), ("a_new_one", 0)])
+def test_quantized_experts_are_looked_for(model, minimal, kind, told):
+    (model / "config.json").write_text(json.dumps(PLAIN | {"model_type": kind}))
+    added = f"{LORA}\nload_in_4bit: true\nquantize_moe_experts: true"
+    lines = [str(notice) for notice in read(model, minimal, added).notices]
+    assert sum("ignored quantize_moe_experts because a model" in line for line in lines) == told
+
+
+def test_mistral_common_needs_no_template_of_the_tokenizers(model, minimal):
+    assert read(model, minimal, f"{CHAT}\ntokenizer_use_mistral_common: true")
 
 
 def test_layers_left_out_that_are_not_there_are_told(model, minimal):

@@ -338,10 +338,6 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "begins with a fresh adapter",
         ),
     ],
-    "pruning_is_relora_s": [
-        ("relora_prune_ratio: 0.5", "relora_prune_ratio", "`relora` is not on"),
-        ("relora_prune_method: random", "relora_prune_method", "`relora` is not on"),
-    ],
     "rounds_sum_up": [
         (
             LINEAR + "relora: true\njagged_restart_steps: 9\n" + lines,
@@ -353,6 +349,8 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             ("peft_init_lora_weights: pissa", "peft_init_lora_weights", "begins at 0"),
             ("deepspeed: deepspeed_configs/zero2.json", "deepspeed", "sharded models"),
             ("tensor_parallel_size: 2\nnum_processes: 2", "tensor_parallel_size", "divided layers"),
+            ("load_best_model_at_end: true", "load_best_model_at_end", "whose adapter is gone"),
+            ("early_stopping_patience: 2", "early_stopping_patience", "whose adapter is gone"),
         )
     ],
     "learning_rates_are_said_once": [
@@ -379,7 +377,13 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "target_patterns_are_valid": [
         (LORA + "lora_target_modules: '(q'", "lora_target_modules", "not a regular expression"),
         (LINEAR + "lora_exclude_modules: '*'", "lora_exclude_modules", "not a regular expression"),
-        (LINEAR + "lora_exclude_modules: '(a+)+'", "lora_exclude_modules", "take forever"),
+        *(
+            (LINEAR + f"lora_exclude_modules: '{pattern}'", "lora_exclude_modules", "take forever")
+            for pattern in (
+                *("(a+)+", r"(\w+\w)+", r"(.+\.)+x", r"((\w+\.)+)+", r"(\w+\.?)*", "(a|b+c)+"),
+                *(r"(?:[\w.]+\.)+", r"(\w+\.+)+", r"(.?a*\.)+", r"(\.?a+\.)+"),
+            )
+        ),
         (
             LINEAR + f"lora_exclude_modules: '{'a*' * 6000}'",
             "lora_exclude_modules",
@@ -446,6 +450,19 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "bnb_config_kwargs.bits",
             "no such argument",
         ),
+        *(
+            (
+                LINEAR + f"load_in_4bit: true\nbnb_config_kwargs: {{bnb_4bit_{name}: {value}}}",
+                f"bnb_config_kwargs.bnb_4bit_{name}",
+                "expected one of",
+            )
+            for name, value in (
+                ("quant_type", "int4"),
+                ("compute_dtype", "half"),
+                ("quant_storage", 8),
+                ("use_double_quant", "no!"),
+            )
+        ),
     ],
     "stored_quantized_means_dequantized": [
         ("model_quantization_config: Mxfp4Config", "model_quantization_config", "dequantized"),
@@ -489,6 +506,37 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("tensor_parallel_size: 2\nnum_processes: 4", "tensor_parallel_size", "a machine has 4"),
     ],
+    "divided_layers_are_trained_plainly": [
+        (f"{more}\nnum_processes: 2\ntensor_parallel_size: 2", key, why)
+        for more, key, why in (
+            *(
+                (f"optimizer: {name}", "optimizer", "the tensors that tensor_parallel_size divides")
+                for name in ("paged_adamw_8bit", "adamw_torch_8bit", "muon", "adafactor")
+            ),
+            *(
+                (f"{line}", line.partition(":")[0], "needs whole ones")
+                for line in (
+                    *("unfrozen_parameters: [lm_head]", "reinit_weights: true"),
+                    *("embedding_lr: 1e-5", "embedding_lr_scale: 0.5"),
+                    "output_router_logits: true",
+                    "lr_groups: [{name: a, modules: [lm_head], lr: 1e-5}]",
+                )
+            ),
+            *(
+                (f"{LINEAR}{line}", line.partition(":")[0], "needs whole ones")
+                for line in (
+                    *("loraplus_lr_ratio: 16", "lora_model_dir: out", "peft_use_dora: true"),
+                    *("lora_modules_to_save: [lm_head]", "lora_target_parameters: [w]"),
+                    *("peft_trainable_token_indices: [1]", "peft_init_lora_weights: eva"),
+                )
+            ),
+            (
+                LINEAR + "peft: {loftq_config: {loftq_bits: 4}}",
+                "peft.loftq_config",
+                "needs whole ones",
+            ),
+        )
+    ],
     "an_adapter_has_its_own_choice": [
         (LINEAR + "unfrozen_parameters: [lm_head]", "unfrozen_parameters", "base is frozen"),
     ],
@@ -516,6 +564,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         for added, key, why in (
             ("chat_template: chatml", "chat_template", "decides it"),
             ("tokens: [<x>]", "tokens", "decides it"),
+            (
+                "datasets: [{path: org/t, type: chat_template, chat_template: chatml}]",
+                "datasets[0].chat_template",
+                "decides it",
+            ),
             ("special_tokens: {pad_token: <x>}", "special_tokens", "decides it"),
             ("train_on_inputs: true", "train_on_inputs", "answers alone"),
             (
@@ -605,6 +658,22 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "dp_shard_size",
             "does not divide the 24 processes",
         ),
+        (
+            "context_parallel_size: 4\nnum_processes: 6",
+            "context_parallel_size",
+            "6 processes are no groups of 4",
+        ),
+        (
+            "fsdp_config: {}\ndp_shard_size: 4\ncontext_parallel_size: 4\nnum_processes: 8\n"
+            "launcher: ray\nray_num_workers: 1",
+            "dp_shard_size",
+            "dp_shard_size * context_parallel_size is 16, which does not divide the 8 processes",
+        ),
+        (
+            "fsdp_config: {}\ndp_shard_size: 4\ncontext_parallel_size: 4\nnum_processes: 24",
+            "dp_shard_size",
+            "does not divide the 24 processes",
+        ),
     ],
     "sizes_have_a_number": [
         (
@@ -619,11 +688,6 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     "int8_states_are_not_sharded": [
         ("optimizer: adamw_bnb_8bit\nfsdp_config: {}", "optimizer", "that FSDP2 shards"),
         ("optimizer: lion_32bit\nfsdp_config: {}", "optimizer", "that FSDP2 shards"),
-        (
-            "optimizer: paged_adamw_8bit\nnum_processes: 2\ntensor_parallel_size: 2",
-            "optimizer",
-            "that tensor_parallel_size divides",
-        ),
     ],
     "reporters_share_one_name": [
         (
@@ -707,6 +771,16 @@ def test_each_rule_says_what_it_is():
         "chat_template: tokenizer_default_fallback_chatml",
         "chat_template_jinja: '{{ messages }}'",
         LORA + "lora_target_modules: '.*\\.(q|v)_proj'",
+        LORA + r"lora_target_modules: '(\w+\.)+(q_proj|v_proj)'",
+        LORA + r"lora_target_modules: '(?:[a-z_]+\.|x)?((?:layers\.\d+\.)+|(\d+x)*)q_proj'",
+        *(
+            f"optimizer: {name}\nnum_processes: 2\ntensor_parallel_size: 2"
+            for name in ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+        ),
+        LINEAR + "peft_init_lora_weights: gaussian\ntensor_parallel_size: 2",
+        LINEAR + "peft_init_lora_weights: false\ntensor_parallel_size: 2",
+        "context_parallel_size: 4\nnum_processes: 8",
+        "fsdp_config: {}\ncontext_parallel_size: 2\ndp_shard_size: 2\nnum_processes: 4",
         LORA + "lora_target_modules: [q_proj, v_proj]\nlora_target_linear: true",
         "fsdp: []\nfsdp_config:\ndeepspeed:",
         "fsdp_config: {}\nnum_processes: 8\ndp_replicate_size: 2\ndp_shard_size: 8",

@@ -116,6 +116,10 @@ CASES: dict[str, list[tuple[str, list[str], str]]] = {
             "`peft_init_lora_weights: gaussian` says otherwise",
         ),
     ],
+    "keys_of_restarts": [
+        ("relora_prune_ratio: 0.5", ["relora_prune_ratio"], "`relora` is off"),
+        ("relora_prune_method: random", ["relora_prune_method"], "`relora` is off"),
+    ],
     "keys_of_optimizers": [
         ("optimizer: sgd\nadam_beta1: 0.5", ["adam_beta1"], "`optimizer: sgd` does not use it"),
         ("adam_beta3: 0.9", ["adam_beta3"], "adamw_torch_fused` does not use it"),

@@ -52,16 +52,18 @@ def test_address_is_known_before_the_server_is_there(gate, tmp_path, monkeypatch
     server.start()
     process = server._process
     assert process is not None
+    pipe = os.open(gate, os.O_RDWR)  # so that opening does not wait for the server's end
     try:
         url = os.environ["PREFECT_API_URL"]
         with pytest.raises(TimeoutError):
             urllib.request.urlopen(f"{url}/health", timeout=0.2)  # it waits, and is not refused
-        gate.write_text("\n")
+        os.write(pipe, b"\n")
         server.wait()
         urllib.request.urlopen(f"{url}/health", timeout=60).close()
         assert os.environ["PREFECT_API_URL"] == url
     finally:
         _end(process)
+        os.close(pipe)
 
 
 def test_server_that_ends_is_told_with_its_log(gate, tmp_path, monkeypatch):

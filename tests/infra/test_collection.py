@@ -1,5 +1,6 @@
 """What nobody needs goes, and nothing that somebody has begun to use until the moment it goes."""
 
+import errno
 import json
 import os
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from regrow.infra.artifacts import ArtifactStore, Record
 from regrow.infra.collection import Collection
@@ -154,14 +156,70 @@ def test_units_stay_while_a_builder_uses_units(artifacts, tmp_path):
 
 
 def test_checkpoints_go_when_their_stage_is_neither_needed_nor_built(artifacts, tmp_path):
+    publish(artifacts, "stages/a", tmp_path)
     publish(artifacts, "checkpoints/a/step-1", tmp_path)
     with Lease(artifacts.store, "stages/a", 30) as lease:
         assert lease.try_acquire()
         assert listed(artifacts) == []
     gc = collection(artifacts)
-    (found,) = gc.unneeded()
+    _, found = gc.unneeded()
+    assert found.key == "checkpoints/a/step-1"
     assert gc.remove(found)
     assert artifacts.children("checkpoints") == []
+
+
+def test_checkpoints_of_an_unfinished_training_stay_for_two_weeks(artifacts, tmp_path):
+    made = publish(artifacts, "checkpoints/a/step-1", tmp_path)
+    made_at(artifacts, made, datetime.now(UTC) - timedelta(days=13))
+    assert listed(artifacts) == []
+    made_at(artifacts, made, datetime.now(UTC) - timedelta(days=15))
+    assert listed(artifacts) == ["checkpoints/a/step-1"]
+    assert listed(artifacts, timedelta(days=30)) == []
+
+
+def test_what_somebody_took_over_while_it_was_looked_at_stays(artifacts, tmp_path, monkeypatch):
+    record = publish(artifacts, "stages/a", tmp_path)
+    gc = collection(artifacts)
+    (found,) = gc.unneeded()
+    name = "leases/stages/a/00000001.json"
+
+    def taken_over_meanwhile(_found):
+        artifacts.store.write_bytes(name, json.dumps(FOREIGN).encode())
+        return False
+
+    monkeypatch.setattr(gc, "_stays", taken_over_meanwhile)
+    assert not gc.remove(found)
+    artifacts.verify(record)
+    assert artifacts.store.exists(name)
+
+
+def test_unit_that_another_collection_removes_at_the_same_time_is_gone(
+    artifacts, tmp_path, monkeypatch
+):
+    publish(artifacts, "units/a", tmp_path)
+    gc, other = collection(artifacts), collection(artifacts)
+    (found,) = gc.unneeded()
+    monkeypatch.setattr(gc, "_stays", lambda each: not other.remove(each))
+    assert gc.remove(found)
+    assert artifacts.children("units") == []
+
+
+@pytest.mark.parametrize("folder", ["pins", "leases"])
+def test_nothing_goes_when_pins_or_leases_cannot_be_listed(local, folder, tmp_path, monkeypatch):
+    record = publish(local, "stages/a", tmp_path)
+    pin(local.store, "keep", "stages/a")
+    (local.store.local / "leases").mkdir(exist_ok=True)
+    ls = LocalFileSystem.ls
+
+    def failing(self, path, **options):
+        if path.endswith(f"/{folder}"):
+            raise OSError(errno.EIO, "the disk does not answer")
+        return ls(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", failing)
+    with pytest.raises(OSError, match="does not answer"):
+        collection(local).unneeded()
+    local.verify(record)
 
 
 @pytest.mark.parametrize("key", ["stages/a", "units/a", "checkpoints/a/step-1"])
@@ -207,6 +265,6 @@ def test_silent_holder_of_another_machine_does_not_hold_its_artifacts_for_ever(a
 
 def test_living_holder_of_another_machine_keeps_what_it_needs(artifacts, tmp_path):
     publish(artifacts, "stages/a", tmp_path)
-    with Lease(artifacts.store, "stages/b", 0.6, ["stages/a"]) as lease:
+    with Lease(artifacts.store, "stages/b", 6, ["stages/a"]) as lease:
         assert lease.try_acquire()
         assert listed(artifacts) == []

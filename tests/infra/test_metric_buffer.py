@@ -30,7 +30,7 @@ class _Server:
         return [point.step for point in self.points]
 
 
-def _wait_for(condition, seconds: float = 5.0) -> None:
+def _wait_for(condition, seconds: float = 50.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -101,7 +101,7 @@ def test_a_dead_server_bounds_close_and_is_reported(caplog: pytest.LogCaptureFix
     buffer.add({"loss": 1.0}, 1)
     begin = time.monotonic()
     buffer.close(timeout=0.1)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 20  # one without a bound would wait 30 s
     assert "2 metric values could not be recorded" in caplog.text
     hang.set()
 
@@ -112,6 +112,6 @@ def test_adding_is_cheap_while_the_server_hangs() -> None:
     begin = time.monotonic()
     for step in range(5000):
         buffer.add({"loss": 1.0, "grad_norm": 0.5}, step)
-    assert time.monotonic() - begin < 2  # 0.02 s measured; a call that waited would take 30 s
+    assert time.monotonic() - begin < 20  # 0.02 s measured; a call that waited would take 30 s
     hang.set()
     buffer.close()

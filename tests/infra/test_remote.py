@@ -4,11 +4,14 @@ import errno
 import gzip
 import hashlib
 import json
+import signal
+import threading
 import time
 
 import pytest
 
 from regrow.infra import remote
+from regrow.infra import store as store_module
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
 from regrow.infra.digests import DigestMemo
 from regrow.infra.lease import Lease
@@ -259,13 +262,14 @@ def test_upload_that_did_not_arrive_gets_no_record(tmp_path):
     assert artifacts.lookup("stages/a") is None
 
 
-def test_lease_outlives_heartbeats_that_did_not_get_through(tmp_path):
+@pytest.mark.parametrize("error", [PermissionError("for a while"), RuntimeError("a driver's own")])
+def test_lease_outlives_heartbeats_that_did_not_get_through(tmp_path, error):
     state = {"broken": False, "failed": 0}
 
     def spoil(name, call):
         if state["broken"]:
             state["failed"] += 1
-            raise PermissionError("for a while")
+            raise error
         return call()
 
     lease = Lease(spoiled(tmp_path, spoil), "stages/a", 0.3)
@@ -285,6 +289,51 @@ def _wait(ready) -> None:
     end = time.monotonic() + 30
     while not ready():
         assert time.monotonic() < end
+
+
+class Slow(Network):
+    """Files of 1000 ranges; the first asked for makes `end` happen, the others wait for that."""
+
+    def __init__(self, inner, end) -> None:
+        super().__init__(inner, lambda _name, call: call())
+        self._end, self._ended, self.calls = end, threading.Event(), 0
+
+    def cat_file(self, path, start=None, end=None):
+        self.calls += 1
+        if path.endswith("/1"):
+            self._ended.set()
+            self._end()
+        self._ended.wait(60)
+        threading.Event().wait(0.01)
+        return b"x" * (end - start)
+
+
+def _fails() -> None:
+    raise FileNotFoundError("it is gone")
+
+
+def _ctrl_c() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("end", "error"), [(_fails, FileNotFoundError), (_ctrl_c, KeyboardInterrupt)]
+)
+def test_large_files_are_not_fetched_to_their_end_after_an_error_or_ctrl_c(
+    tmp_path, monkeypatch, end, error
+):
+    monkeypatch.setattr(store_module, "_PART", 1)
+    store = Store(f"memory://{tmp_path.name}")
+    store._fs = slow = Slow(store._fs, end)
+    names = [str(number) for number in range(4)]
+    sizes = {name: 2 if name == "1" else 1000 for name in names}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            store.get_files([(name, tmp_path / name) for name in names], sizes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert slow.calls < 1000
 
 
 def test_store_without_conditional_writes_still_keeps_what_is_there(tmp_path):

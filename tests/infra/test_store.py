@@ -1,9 +1,12 @@
 """Bytes by name on any file system: whole, exclusive, listed as they are now."""
 
+import errno
 import gzip
+import os
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.digests import DigestMemo, sha256_file
@@ -156,7 +159,6 @@ def test_memo_notices_a_change_of_content(tmp_path):
 
 
 def test_memo_of_a_settled_file_is_used(tmp_path):
-    import os
     import sqlite3
 
     path = tmp_path / "data"
@@ -192,3 +194,91 @@ def test_what_is_no_name_of_a_bucket_is_told(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     with pytest.raises(StoreError, match="no valid name of a bucket"):
         Store("s3://no_bucket:name/x").exists("y")
+
+
+@pytest.fixture(params=["local", "dir"])
+def with_folders(request, tmp_path):
+    (tmp_path / "below").mkdir()
+    return Store({"local": f"{tmp_path}/s"}.get(request.param) or f"dir::file://{tmp_path}/below")
+
+
+def break_down(monkeypatch, method: str, ending: str) -> None:
+    """From now on the disk does not answer when it is asked about that."""
+    whole = getattr(LocalFileSystem, method)
+
+    def failing(self, path, **options):
+        if str(path).endswith(ending):
+            raise OSError(errno.EIO, "the disk does not answer")
+        return whole(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, method, failing)
+
+
+def test_folder_that_cannot_be_listed_is_not_empty(with_folders, monkeypatch):
+    with_folders.write_bytes("top/a/file", b"x")
+    with_folders.write_bytes("top/b/file", b"x")
+    break_down(monkeypatch, "ls", "/top/b")
+    with pytest.raises(OSError, match="does not answer"):
+        with_folders.sizes("top")
+    assert with_folders.sizes("top/a") == {"file": 1}
+
+
+def test_file_that_cannot_be_looked_at_is_not_absent(with_folders, monkeypatch):
+    with_folders.write_bytes("a/record", b"first")
+    with monkeypatch.context() as broken:
+        break_down(broken, "info", "/a/record")
+        with pytest.raises(OSError, match="does not answer"):
+            with_folders.exists("a/record")
+        if with_folders.local is None:
+            with pytest.raises(OSError, match="does not answer"):
+                with_folders.create("a/record", b"second")
+    assert with_folders.read_bytes("a/record") == b"first"
+    assert not with_folders.exists("a/record/below-a-file")
+    assert with_folders.sizes("a/record/below-a-file") == {}
+
+
+@pytest.mark.parametrize("pattern", ["", "/*/*.json", "/**/*.json"])
+def test_expand_leaves_no_folder_out_silently(tmp_path, monkeypatch, pattern):
+    for name in ("a/1.json", "b/2.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    assert len(expand(f"{tmp_path}{pattern}")) == 2
+    break_down(monkeypatch, "ls", "/b")
+    with pytest.raises(OSError, match="does not answer"):
+        expand(f"{tmp_path}{pattern}")
+
+
+def test_globs_mean_what_they_mean_to_fsspec(tmp_path):
+    for name in ("x.json", "a/1.json", "a/b/2.json", "a/b/c/3.txt", "a/[4].json", "d.json/5"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "x.json")
+    (tmp_path / "broken.json").symlink_to(tmp_path / "none")
+    (tmp_path / "folder.json").symlink_to(tmp_path / "a")
+    fs = LocalFileSystem()
+    for ending in (
+        "*.json",
+        "*/*.json",
+        "**/*.json",
+        "a/**",
+        "**",
+        "?.json",
+        "a/b/[0-9].*",
+        "*/b/*",
+    ):
+        pattern = f"{tmp_path}/{ending}"
+        assert expand(pattern) == sorted(n for n in fs.glob(pattern) if fs.isfile(n)), ending
+
+
+def test_write_outlives_a_folder_that_is_pruned_meanwhile(tmp_path, monkeypatch):
+    store, makedirs, calls = Store(tmp_path), os.makedirs, []
+
+    def pruned_at_first(path, **options):
+        makedirs(path, **options)
+        calls.append(path)
+        if len(calls) == 1:
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", pruned_at_first)
+    assert store.create("a/b", b"x")
+    assert store.read_bytes("a/b") == b"x"

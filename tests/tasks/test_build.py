@@ -239,3 +239,61 @@ def test_what_a_stage_does_not_ask_for_is_not_downloaded(tmp_path, report):
     names = {path.parent.parent.name for path in (tmp_path / "cache").rglob("text")}
     assert names == {a.key}
     assert sorted(RUNS) == ["a", "b"]
+
+
+def test_work_of_a_living_process_is_no_leftover(builder, report, tmp_path):
+    """A rerun, or a builder into another store, may be at the same stage on this machine."""
+    a = stage("a")
+    work = tmp_path / "home" / "work"
+    dead = work / f"{a.key[:16]}-dead"
+    dead.mkdir(parents=True)
+    with builder._work_directory(a) as alive:
+        builder.build(a, report)
+        assert alive.is_dir()
+        assert not dead.exists()
+    assert list(work.iterdir()) == []
+
+
+def test_rerun_removes_nothing_of_others(builder, report, tmp_path):
+    left = tmp_path / "home" / "work" / f"{stage('a').key[:16]}-left"
+    left.mkdir(parents=True)
+    builder.rerun(stage("a"), tmp_path / "out", report)
+    assert left.is_dir()
+
+
+def test_what_replaced_a_damaged_input_stays(builder, report):
+    a = stage("a")
+    old = builder.build(a, report).record
+    builder.artifacts.remove(old.key)
+    new = builder.build(a, report).record
+    builder._remove_damaged(old)
+    assert builder.find(a) == new
+
+
+def test_damaged_input_waits_for_who_builds_it(builder, report):
+    old = builder.build(stage("a"), report).record
+    other = Lease(builder.artifacts.store, old.key, 5)
+    assert other.try_acquire()
+    thread = threading.Thread(target=builder._remove_damaged, args=(old,))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    assert builder.artifacts.lookup(old.key) == old
+    other.release()
+    thread.join(30)
+    assert builder.artifacts.lookup(old.key) is None
+
+
+def test_attempt_of_another_builder_at_a_damaged_unit_stays(builder, report, tmp_path):
+    def make(out):
+        (out / "part").write_text("p")
+        return {}
+
+    artifacts = builder.artifacts
+    Units(artifacts, tmp_path / "u1", report).get_or_build("u", 1, {}, make)
+    (record,) = artifacts.records("units")
+    artifacts.store.write_bytes(f"{record.key}/{record.attempt}/part", b"P")
+    artifacts.store.write_bytes(f"{record.key}/attempt-another/part", b"p")
+    path, _, built = Units(artifacts, tmp_path / "u2", report).get_or_build("u", 1, {}, make)
+    assert (built, (path / "part").read_text()) == (True, "p")
+    assert sorted(artifacts.store.folders(record.key)) == sorted(["attempt-another", path.name])

@@ -100,6 +100,11 @@ def test_deepspeed_without_zero_is_data_parallel(zero):
     assert (found.way, found.shards) == ("ddp", 1)
 
 
+def test_tensor_parallelism_divides_the_model_and_no_rows():
+    found = division_of(Sharding(tensor_parallel_size=4), 4)
+    assert (found.readers, found.share("weights"), found.share("optimizer")) == (1, 0.25, 0.25)
+
+
 def test_odd_deepspeed_settings_are_no_traceback_for_the_worker():
     assert Sharding(deepspeed={"zero_optimization": True}).shards is False
 

@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
+    Gemma2Config,
     GptOssConfig,
     Lfm2Config,
     Llama4TextConfig,
@@ -117,3 +118,11 @@ def test_an_adapter_trains_on_it_and_the_empty_model_is_the_same(directory):
         whole = load_model(directory, dtype="float32").train()(**batch).loss
     torch.testing.assert_close(loss.detach(), whole)
     assert is_attached(empty_model(directory))
+
+
+def test_a_soft_cap_stays_packed(tmp_path):
+    """torch's attention has none, ours has."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path)
+    assert not is_attached(load_model(tmp_path, dtype="float32"))

@@ -197,6 +197,10 @@ def test_answers_in_a_row_are_one(encoder):
             "only a part is to be learnt",
         ),
         (conversation(user("1"), says("2"), trained=(True, True)), "trains answers alone"),
+        (
+            conversation(user("1"), says("2") | {"reasoning_content": "hm"}),
+            "does not read 'reasoning_content'",
+        ),
         (Document((Segment("text", True),)), "is for conversations"),
         (
             Conversation((user("1"), says("2")), (False, True), None, {1: {"content": ((0, 1),)}}),

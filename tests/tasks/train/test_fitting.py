@@ -113,6 +113,15 @@ def test_all_ranks_do_what_rank_0_says(tmp_path):
     assert on_ranks(fit_of_rank, 2, tmp_path) == ["full", "full"]
 
 
+def test_offloading_gives_way_where_examples_are_side_by_side(caplog):
+    part = SimpleNamespace(regrow_side_by_side=True)
+    model = SimpleNamespace(modules=lambda: [part])
+    args = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing="offload"))
+    assert fitting.fit(job, model, Swapped(), Split(2, 1, 1), args).policy == "full"
+    assert "offload is for packed rows" in caplog.text
+
+
 def test_a_container_s_limit_counts(tmp_path):
     free = fitting._host_memory(tmp_path)
     assert free > 0

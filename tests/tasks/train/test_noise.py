@@ -41,6 +41,17 @@ def make(adapter):
     return model
 
 
+def test_examples_side_by_side_get_theirs():
+    model = make(False)
+    hooks = EmbeddingNoise(ALPHA)
+    hooks.attach(model)
+    hooks._remember(model, (), {"cu_seq_lens_q": torch.tensor([0, 4, 104])})
+    found = hooks._add(model.train(), (), torch.zeros(2, 100, WIDTH))
+    for part, length in zip(found, (4, 100), strict=True):
+        most = ALPHA / (length * WIDTH) ** 0.5
+        assert 0.9 * most < part.abs().max() <= most
+
+
 def test_each_example_gets_noise_of_its_own_length():
     for adapter in (False, True):
         model = make(adapter).train()

@@ -88,6 +88,8 @@ def test_both_moments_lose_the_same_share(method):
 def test_eight_bit_moments_lose_theirs_by_value():
     import bitsandbytes as bnb
 
+    # It knows weights that stay in 32 bits by their place in memory, also those of earlier tests.
+    bnb.optim.GlobalOptimManager.get_instance().initialize()
     weight = nn.Parameter(torch.randn(100, 50))
     optimizer = bnb.optim.AdamW8bit([weight], betas=(0.0, 0.999))
     weight.grad = torch.randn(100, 50) * torch.logspace(-3, 3, 100)[:, None]  # scales that differ
