@@ -335,7 +335,7 @@ def things_to_know(recipe: Recipe, given: frozenset[str]) -> Iterator[Set | Noti
             "the adapter is merged into the unquantized base"
         )
         yield Notice("note", (f"load_in_{bits}bit",), why)
-    if recipe.fp8:
+    if recipe.fp8 and not recipe.uses_adapter:
         why = "without torch.compile, which is not here yet, a small model may train slower in it"
         yield Notice("note", ("fp8",), why)
     if recipe.optimizer.startswith("schedule_free") and recipe.lr_scheduler != "constant":

@@ -103,7 +103,7 @@ def _ports(parser: argparse.ArgumentParser) -> None:
 
 def _until(last: str) -> Callable[[argparse.Namespace, list[str]], int]:
     def run(args: argparse.Namespace, overrides: list[str]) -> int:
-        from regrow.flows.commands import run_recipe
+        from regrow.flows.run_command import run_recipe
 
         return run_recipe(args.recipe, overrides, last=last, show=getattr(args, "show", None))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from regrow.flows.commands import explains
+from regrow.flows.explained import explains
 from regrow.flows.progress import say
 from regrow.flows.show import differences
 from regrow.flows.workplace import Workplace

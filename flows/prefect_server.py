@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import IO
 
 from regrow.infra.launch import die_with_parent
+from regrow.infra.reachable import require_answer
+from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import child_environment, use_private_prefect
 
 _HOST = "127.0.0.1"
+_ANSWER_SECONDS = 10  # a server on another continent answers in one
 _READY_SECONDS = 120  # 13 s with the migrations of a fresh database (platform.md B1), if not alone
 # `python -m uvicorn`, but for garbage not being searched for while all is imported (0.5 s less).
 _PROGRAM = """\
@@ -38,6 +41,17 @@ _BACKLOG = 128  # connections that wait while the server comes up: one of each t
 
 class ServerFailed(RuntimeError):  # noqa: N818 (the name says what is the matter)
     """The server did not come up; the message names its log."""
+
+
+def require_server(url: str) -> None:
+    """Raises ServerFailed when no server answers there."""
+    try:
+        require_answer(f"{url.rstrip('/')}/health", _ANSWER_SECONDS)
+    except OSError as error:
+        raise ServerFailed(
+            f"PREFECT_API_URL: nothing answers at {mask_secrets(url)} ({error}). Start it "
+            "(`prefect server start`, or `regrow ui`), or unset PREFECT_API_URL"
+        ) from error
 
 
 class PrivateServer:
@@ -88,6 +102,7 @@ class PrivateServer:
         self._socket.close()
         if not self._answers():
             raise ServerFailed(f"Prefect's local server did not start; its log is {self._log}")
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # the process has it open too
         self._lock.close()
 
     def _launch(self) -> None:
@@ -100,7 +115,9 @@ class PrivateServer:
                 env=child_environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=[handed],
+                # The lock too: a server whose run was killed ends when its database is made, and
+                # until then no other may begin with that.
+                pass_fds=[handed, self._lock.fileno()],
                 preexec_fn=die_with_parent,
                 start_new_session=True,  # Ctrl-C is for us: the server must hear how the run ended
             )

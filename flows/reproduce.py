@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from regrow.configs.load import parse_recipe
-from regrow.flows.commands import explains
+from regrow.flows.explained import explains
 from regrow.flows.gpu_slots import gpus_of
 from regrow.flows.progress import LineReporter, say
 from regrow.flows.show import differences

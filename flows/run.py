@@ -23,7 +23,6 @@ from regrow.flows.stopping import PauseWatch, preempted, state_after_signal
 from regrow.flows.workplace import Workplace
 from regrow.infra.secrets import mask_texts, without_secrets
 from regrow.infra.settings import load_settings, quiet_environment
-from regrow.infra.tracking import Tracker
 from regrow.tasks.build import Outcome
 from regrow.tasks.plan import Plan, make_plan
 from regrow.tasks.stage import Stage
@@ -55,14 +54,10 @@ class FlowRun:
         workplace = Workplace(load_settings(), self._recipe.store)
         workplace.artifacts.store.check_writable()
         self.plan: Plan = make_plan(self._recipe, self._name, workplace.memo)
-        uri = self._recipe.mlflow_tracking_uri or workplace.tracking_uri
-        experiment = self._recipe.mlflow_experiment_name or "regrow"
         run_page.show_plan(self.plan, workplace)
-        tracker = Tracker(uri, experiment)
         self._workplace = workplace
-        self._session = Session(
-            self.plan, workplace, tracker, self._origin(), say, run_page.progress_bar
-        )
+        tracker, origin = workplace.tracker(self._recipe), self._origin()
+        self._session = Session(self.plan, workplace, tracker, origin, say, run_page.progress_bar)
         self._run_stage = StageRunner(self._session)
         self._others = OtherMachines(say)
         self._pauses = PauseWatch()

@@ -7,7 +7,7 @@ import re
 from datetime import timedelta
 
 from regrow.flows import show
-from regrow.flows.commands import explains
+from regrow.flows.explained import explains
 from regrow.flows.progress import say
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regrow.flows.commands import explains, open_plan
+from regrow.flows.commands import open_plan
+from regrow.flows.explained import explains
 from regrow.flows.progress import say
 from regrow.tasks.build import stage_key
 from regrow.tasks.stage import StageError

@@ -6,10 +6,12 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+from regrow.configs.recipe import Recipe
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.digests import DigestMemo
 from regrow.infra.settings import Settings
-from regrow.infra.store import Store, StoreError
+from regrow.infra.store import Store, StoreError, require_answer
+from regrow.infra.tracking import Tracker
 from regrow.tasks.build import Builder
 from regrow.tasks.publish.delivery import why_undelivered
 from regrow.tasks.stage import Stage, StageError
@@ -36,6 +38,7 @@ class Workplace:
     @cached_property
     def artifacts(self) -> ArtifactStore:
         """The artifact store."""
+        require_answer(self.store_url)
         store = Store(self.store_url)
         if store.local is not None and store.local.is_file():
             raise StoreError(f"{self.store_url} is a file; a store is a directory or a URL of one")
@@ -50,6 +53,11 @@ class Workplace:
     def tracking_uri(self) -> str:
         """MLflow's address when neither recipe nor environment names one: a local SQLite file."""
         return self.settings.tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    def tracker(self, recipe: Recipe) -> Tracker:
+        """MLflow, where the recipe has it."""
+        uri = recipe.mlflow_tracking_uri or self.tracking_uri
+        return Tracker(uri, recipe.mlflow_experiment_name or "regrow")
 
     def remember(self, recipe: str, stage: Stage) -> None:
         """Note that this recipe last used this key for this stage, for `newest`."""

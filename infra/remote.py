@@ -8,6 +8,7 @@ AWS Architecture Blog, 2015). No client library is imported: errors are known by
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import threading
@@ -140,6 +141,20 @@ def answered_soon(url: str, work: Callable[[], T]) -> T:
             "AWS_ENDPOINT_URL where that is set"
         )
     return found.result()
+
+
+def heard(url: str, ask: Callable[[], object]) -> None:
+    """Return when a server says anything at all; raises StoreError, as `answered_soon` does.
+
+    Before questions whose answers may rightly take long. What it refuses or cannot do now is told,
+    or tried again, where the real question is asked.
+    """
+
+    def listen() -> None:
+        with contextlib.suppress(Exception):
+            ask()
+
+    answered_soon(url, listen)
 
 
 def is_passing(error: BaseException) -> bool:

@@ -31,6 +31,10 @@ _POLITE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 # them out shortens every start. A server that the user runs is not touched by these.
 _PRIVATE_SERVER = {
     "PREFECT_SERVER_UI_ENABLED": "false",
+    # Block types: our flows use none, and `regrow ui` registers them, as nobody notes that they
+    # are there (1.3 s of a home's first run).
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",

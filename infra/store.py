@@ -26,7 +26,7 @@ from fsspec.utils import glob_translate, infer_compression
 from regrow.infra.listing import Entry, entry_of, files_below, info_of
 from regrow.infra.parallel import in_parallel, set_when_left
 from regrow.infra.patient_file import PatientFile, read_range
-from regrow.infra.remote import TRIES, StoreError, answered_soon, error_code, patiently
+from regrow.infra.remote import TRIES, StoreError, answered_soon, error_code, heard, patiently
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import NO_PASSWORD, s3_endpoint
 
@@ -55,15 +55,7 @@ _WITH_HOST = {"sftp", "ssh", "ftp", "smb"}
 # Servers that may know neither a file's size nor how to give a part of it.
 _STREAMS = {"http", "https"}
 
-_EXTRA_OF_PROTOCOL = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gs",
-    "gcs": "gs",
-    "az": "az",
-    "abfs": "az",
-    "sftp": "sftp",
-}
+_EXTRAS = {x: x for x in ("s3", "gs", "az", "sftp")} | {"s3a": "s3", "gcs": "gs", "abfs": "az"}
 
 
 def is_url(path: str) -> bool:
@@ -81,7 +73,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         _, path = patiently(url, lambda: _connected(url))
         return _OfThisThread(url), path
     except ImportError as error:
-        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'regrow[{extra}]'" if extra else str(error)
         raise StoreError(f"{url}: no driver for {protocol}:// is installed; {remedy}") from error
     except ValueError as error:
@@ -128,8 +120,16 @@ def _is_local(fs: Any) -> bool:
     return bool({"file", "local"} & set(protocols))
 
 
+def require_answer(url: str) -> None:
+    """Raises StoreError when nothing answers where a URL points; a refusal is an answer."""
+    fs, path = _file_system(url)
+    if not _is_local(fs) and not isinstance(fs, _OfThisThread):  # that one has connected
+        heard(url, lambda: fs.info(_MAGIC.split(path, maxsplit=1)[0]))
+
+
 def expand(pattern: str) -> list[str]:
     """The files that a path, directory, glob or URL names, sorted; empty when there are none."""
+    require_answer(pattern)
     fs, path = _file_system(pattern)
     protocol, _, rest = pattern.partition("://")
     found = _asked(fs, pattern, lambda: _found(fs, path, protocol))

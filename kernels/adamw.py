@@ -54,11 +54,19 @@ def clipping(gradients: Sequence[Tensor], most: float) -> tuple[Tensor, Tensor]:
     Args:
         most: the largest norm; 0 or less is no clipping.
     """
+    norm = torch.linalg.vector_norm(norms(gradients))
+    return norm, clipping_factor(norm, most)
+
+
+def norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of each gradient, float32 [number of them]."""
     each: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.linalg.vector_norm(torch.stack(each(gradients, 2, dtype=torch.float32)))
-    if most <= 0:
-        return norm, torch.ones_like(norm)
-    return norm, (most / (norm + _TINY)).clamp(max=1.0)
+    return torch.stack(each(gradients, 2, dtype=torch.float32))
+
+
+def clipping_factor(norm: Tensor, most: float) -> Tensor:
+    """What gradients of that norm are multiplied by."""
+    return (most / (norm + _TINY)).clamp(max=1.0) if most > 0 else torch.ones_like(norm)
 
 
 # ---- reference ----

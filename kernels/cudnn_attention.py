@@ -10,9 +10,11 @@ Forward and backward of 8192 tokens in chat-like documents, 32 and 8 heads of 12
 attention_backends.py, H100, 2026-11-22). PyTorch's own `_cudnn_attention_forward` takes no packed
 rows in 2.11.
 
-cuDNN plans for a number of examples and a longest one. Both are rounded up, so that a training
-makes few plans (0.1 s each); what is too much are examples without tokens. A row that cuDNN has no
-plan for, or that nobody has tried it on, is for the backend after it: ask `why_not_here`.
+cuDNN plans for a number of examples and a longest one, which takes 0.1 s for each direction: half
+a step. So a plan serves every row that fits into it, what is too much being examples without
+tokens, and a new one is as large as all before it in both respects: a training makes a handful,
+nearly all in its first steps. A row that cuDNN has no plan for, or that nobody has tried it on, is
+for the backend after it: ask `why_not_here`.
 
 Shape legend: T tokens, E examples, N query heads, K key heads, H head size.
 """
@@ -22,7 +24,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +33,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES, LONGEST, TOKENS = 16, 1024, 1024
-"""What plans are rounded up to multiples of: examples, the longest one, all tokens. 8 and 512 take
-the same time on the device (0.929 and 0.935 ms, as above)."""
+EXAMPLES, LONGEST = 64, 4096
+"""What the first plan is made for, and one more for each 128 tokens of longer rows; later ones are
+twice, four times ... that. What a plan has too much costs little: 0.937 ms of W1's attention by a
+plan of 32 examples and 2048 tokens, 0.963 by 64 and 4096, 1.007 by 128 and 8192; of W3's 1.261,
+1.271, 1.332 (H100, 2026-11-22). A new one costs half a step."""
+TOKENS = 1024
+"""All tokens of a row are rounded up to a multiple of it."""
 
 _SIZES_TRIED = (64, 128)  # of heads
 _MOST_TOKENS = 65536  # of a row; 16,384 have been tried, and offsets are int32
@@ -54,12 +61,13 @@ class _Sizes:
     scale: float
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """A built graph and its tensors by name."""
+    """A built graph."""
 
-    graph: Any
-    tensors: dict[str, Any]
+    def __init__(self, graph: Any, tensors: dict[str, Any]) -> None:
+        self._graph = graph
+        self._ids = {name: tensor.get_uid() for name, tensor in tensors.items()}
+        self._room: int = graph.get_workspace_size()
 
     def run(self, device: torch.device, values: dict[str, Tensor]) -> None:
         """Launch it on PyTorch's current stream."""
@@ -67,10 +75,9 @@ class _Plan:
 
         handle = _handle(device.index)
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
-        room = self.graph.get_workspace_size()
-        workspace = torch.empty(room, dtype=torch.uint8, device=device)
-        pack = {self.tensors[name]: value for name, value in values.items()}
-        self.graph.execute(pack, workspace, handle=handle)
+        workspace = torch.empty(self._room, dtype=torch.uint8, device=device)
+        places = {self._ids[name]: value.data_ptr() for name, value in values.items()}
+        self._graph.execute(places, workspace.data_ptr(), handle=handle)
 
 
 @functools.lru_cache(maxsize=16)
@@ -199,19 +206,44 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def _doubled(least: int, count: int) -> int:
+    """least, twice that, four times ..., up to the first that is enough."""
+    return least << max(0, (-(-count // least) - 1).bit_length())
+
+
+_planned: dict[_Sizes, list[_Sizes]] = {}
+"""{kind: the sizes that have plans}."""
+
+
 def _sizes(q: Tensor, k: Tensor, examples: int, longest: int, scale: float) -> _Sizes:
+    """Those of the plan that serves such a row: the smallest that is large enough."""
     tokens, heads, size = q.shape
-    return _Sizes(
-        q.device.index,
-        q.dtype,
-        _up(examples, EXAMPLES),
-        _up(longest, LONGEST),
-        _up(tokens, TOKENS),
-        heads,
-        k.shape[1],
-        size,
-        scale,
+    like = heads, k.shape[1], size, scale
+    return _sizes_of(q.device.index, q.dtype, tokens, examples, longest, like)
+
+
+@functools.lru_cache(maxsize=64)  # every layer of a model asks for the same
+def _sizes_of(
+    device: int,
+    dtype: torch.dtype,
+    tokens: int,
+    examples: int,
+    longest: int,
+    like: tuple[int, int, int, float],
+) -> _Sizes:
+    kind = _Sizes(device, dtype, 0, 0, _up(tokens, TOKENS), *like)
+    there = _planned.setdefault(kind, [])
+    enough = [s for s in there if s.examples >= examples and s.longest >= longest]
+    if enough:
+        return min(enough, key=lambda s: s.examples * s.longest)
+    usual = max(examples, tokens // 128), max(longest, min(LONGEST, tokens))
+    made = replace(
+        kind,
+        examples=max([_doubled(EXAMPLES, usual[0]), *(s.examples for s in there)]),
+        longest=max([_doubled(min(LONGEST, 1024), usual[1]), *(s.longest for s in there)]),
     )
+    there.append(made)
+    return made
 
 
 def _places(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor, ...]:
@@ -222,22 +254,43 @@ def _places(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor, ...
     return bounds.diff(), bounds * row, bounds * key_row, bounds * sizes.heads
 
 
+_last: list[Any] = []
+"""[weak reference to cu_seqlens, its version, tokens, sizes, places] of the last call."""
+
+
+def _places_once(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor, ...]:
+    """The same, made once for all layers of a model."""
+    if cu_seqlens.is_inference():  # it has no version
+        return _places(cu_seqlens, tokens, sizes)
+    seen = [cu_seqlens._version, tokens, sizes]
+    if not _last or _last[0]() is not cu_seqlens or _last[1:4] != seen:
+        _last[:] = [weakref.ref(cu_seqlens), *seen, _places(cu_seqlens, tokens, sizes)]
+    return _last[4]
+
+
+def _exactly(q: Tensor, k: Tensor, lengths: Tensor, longest: int, scale: float) -> _Sizes:
+    """The sizes that `_sizes` gave, from what the operations are given."""
+    (tokens, heads, size), device = q.shape, q.device.index
+    rounded = len(lengths), longest, _up(tokens, TOKENS)
+    return _Sizes(device, q.dtype, *rounded, heads, k.shape[1], size, scale)
+
+
 _NAMES = ("lengths", "at_q", "at_k", "at_stats")
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _PLACES = "Tensor lengths, Tensor at_q, Tensor at_k, Tensor at_stats"
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float
-) -> tuple[Tensor, ...]:
-    """(result, its statistics [T, N], places of the examples) of contiguous q, k and v."""
-    sizes = _sizes(q, k, len(cu_seqlens) - 1, longest, scale)
-    places = _places(cu_seqlens, len(q), sizes)
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, at_q: Tensor, at_k: Tensor,
+    at_stats: Tensor, longest: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(result, its statistics [T, N]) of contiguous q, k and v."""
     out = torch.empty_like(q)
     stats = q.new_empty(q.shape[:2], dtype=torch.float32)
     given = {"q": q, "k": k, "v": v, "out": out, "stats": stats}
-    _forward_plan(sizes).run(q.device, given | dict(zip(_NAMES, places, strict=True)))
-    return out, stats, *places
+    given |= dict(zip(_NAMES, (lengths, at_q, at_k, at_stats), strict=True))
+    _forward_plan(_exactly(q, k, lengths, longest, scale)).run(q.device, given)
+    return out, stats
 
 
 def _backward(
@@ -245,7 +298,7 @@ def _backward(
     at_q: Tensor, at_k: Tensor, at_stats: Tensor, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    sizes = _sizes(q, k, len(lengths), longest, scale)
+    sizes = _exactly(q, k, lengths, longest, scale)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     given = {"q": q, "k": k, "v": v, "out": out, "stats": stats, "dout": dout.contiguous()}
     given |= {"dq": dq, "dk": dk, "dv": dv}
@@ -254,36 +307,30 @@ def _backward(
     return dq, dk, dv
 
 
-# Operations of PyTorch's dispatcher, so that a policy of checkpoints sees attention and keeps it.
-_attend = torch.library.custom_op(
-    "regrow::cudnn_attention",
-    _forward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor cu_seqlens, int longest, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+# An operation of PyTorch's dispatcher, so that a policy of checkpoints sees attention and keeps it.
+# `custom_op` would do more than is needed, and its Python takes longer than the launch.
+_library = torch.library.Library("regrow", "FRAGMENT")
+_library.define(
+    f"cudnn_attention({_INPUTS}, {_PLACES}, int longest, float scale) -> (Tensor, Tensor)"
 )
-_attend_backward = torch.library.custom_op(
-    "regrow::cudnn_attention_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, {_INPUTS}, Tensor out, Tensor stats, {_PLACES}, int longest, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
-)
+_library.impl("cudnn_attention", _forward, "CompositeExplicitAutograd")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, longest, scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.longest, ctx.scale = longest, scale
+# ---- autograd ----
 
 
-def _gradients(ctx: Any, dout: Tensor, *of_others: Any) -> tuple[Any, ...]:
-    found = _attend_backward(dout, *ctx.saved_tensors, ctx.longest, ctx.scale)
-    return *found, None, None, None
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, places, longest, scale):
+        out, stats = torch.ops.regrow.cudnn_attention(q, k, v, *places, longest, scale)
+        ctx.save_for_backward(q, k, v, out, stats, *places)
+        ctx.longest, ctx.scale = longest, scale
+        return out
 
-
-_attend.register_autograd(_gradients, setup_context=_save)
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        found = _backward(grad_outputs[0], *ctx.saved_tensors, longest=ctx.longest, scale=ctx.scale)
+        return *found, None, None, None
 
 
 # ---- public ----
@@ -339,4 +386,6 @@ def cudnn_attention(
         longest: tokens of the longest example.
     """
     q, k, v = (x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-    return _attend(q, k, v, cu_seqlens, longest, scale)[0]
+    sizes = _sizes(q, k, len(cu_seqlens) - 1, longest, scale)
+    places = _places_once(cu_seqlens, len(q), sizes)
+    return _Attention.apply(q, k, v, places, sizes.longest, scale)

@@ -38,6 +38,8 @@ IGNORED = -100  # Hugging Face's label of tokens that are not trained
 # Bytes of float32 logits at a time: 2048 rows of a vocabulary of 152k. 8192 x 4096 x 151936 took
 # 54.5, 51.2, 54.6 and 47.6 ms with chunks of 0.6, 1.25, 2.5 and 5 GiB (H100, 2026-11-22).
 LOGITS_BYTES = 5 << 28
+SCARCE_LOGITS_BYTES = 1 << 28
+"""The same where memory is short: 512 rows of 128256 columns still keep each product full."""
 _ROW_MULTIPLE = 128  # rows of a GEMM tile
 _COLUMN_MULTIPLE = 8  # 16-byte rows of bfloat16, which cuBLAS needs for its fast kernels
 

@@ -10,7 +10,7 @@ Order of the products. The skinny h B^T is written first and the large GEMM adds
 (beta = 1), which hides the addition in the GEMM's epilogue: 2.86 ms against 3.26 for the other
 order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over
 [x | h] [W | sB]^T was no faster and wants the weights laid out anew. The A of all projections are
-one skinny GEMM.
+one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
@@ -40,6 +40,7 @@ from torch.nn.functional import linear
 from regrow.kernels.dropout import draw_seed, seeded_dropout
 from regrow.kernels.float8 import Float8Weight, dequantize, float8_product, quantize_rows
 from regrow.kernels.matmul import matmul_exact
+from regrow.kernels.rank_gradients import one_pass
 
 Base = Tensor | Callable[[], Tensor] | Float8Weight
 
@@ -115,9 +116,15 @@ def project(
     a_RI: Tensor | None,
     bs: Sequence[Tensor | None],
     drop: Drop,
+    h_TR: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """(y [T, O] of each projection, h [T, R] of all, None when none has an adapter)."""
-    h_TR = None if a_RI is None else dropped(x_TI, drop) @ a_RI.t()
+    """(y [T, O] of each projection, h [T, R] of all, None when none has an adapter).
+
+    Args:
+        h_TR: where it is made already; `a_RI` is not looked at then.
+    """
+    if h_TR is None and a_RI is not None:
+        h_TR = dropped(x_TI, drop) @ a_RI.t()
     eighth = quantize_rows(x_TI) if _is_float8(group) else None
     parts = _parts(h_TR, group)
     ys = [_one(x_TI, eighth, p, h, b) for p, h, b in zip(group, parts, bs, strict=True)]
@@ -149,18 +156,23 @@ def _one(
     return y_TO.addmm_(x_TI, projection.matrix(x_TI.dtype).t())
 
 
-def rank_gradient(
-    dys: Sequence[Tensor], group: Sequence[Projection], bs: Sequence[Tensor | None]
-) -> Tensor | None:
-    """dh [T, R], None when none has an adapter."""
+def rank_gradients(
+    dys: Sequence[Tensor],
+    h_TR: Tensor | None,
+    group: Sequence[Projection],
+    bs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dh [T, R], None when none has an adapter; dB [O, r] of each projection, exact)."""
     ranks = sum(projection.rank for projection in group)
     if not ranks:
-        return None
+        return None, [None] * len(group)
     dh_TR = dys[0].new_empty(len(dys[0]), ranks)
-    for dy, projection, b, part in zip(dys, group, bs, _parts(dh_TR, group), strict=True):
-        if part is not None and b is not None:
-            part.addmm_(dy, b, beta=0, alpha=projection.scaling)
-    return dh_TR
+    dbs: list[Tensor | None] = []
+    parts = zip(_parts(h_TR, group), _parts(dh_TR, group), strict=True)
+    for dy, projection, b, (h, dh) in zip(dys, group, bs, parts, strict=True):
+        has = b is not None and h is not None and dh is not None
+        dbs.append(one_pass(dy, h, b, projection.scaling, dh) if has else None)
+    return dh_TR, dbs
 
 
 def input_gradient(
@@ -191,28 +203,29 @@ def _through_base(dy_TO: Tensor, projection: Projection, dx_TI: Tensor | None) -
 
 def parameter_gradients(
     dys: Sequence[Tensor],
-    x_TI: Tensor,
-    h_TR: Tensor | None,
+    x_TI: Tensor | None,
+    dbs: Sequence[Tensor | None],
     dh_TR: Tensor | None,
     group: Sequence[Projection],
     drop: Drop,
     wanted: Sequence[bool],
+    da_RI: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients in the order of `tensors_of(group)`; `wanted` says which of them."""
-    da_RI = None
-    if dh_TR is not None and any(wanted[1::4]):
+    """Gradients in the order of `tensors_of(group)`; `wanted` says which of them.
+
+    Args:
+        x_TI: may be None where `da_RI`, the gradient of all A, is given.
+    """
+    if da_RI is None and dh_TR is not None and x_TI is not None and any(wanted[1::4]):
         da_RI = matmul_exact(dh_TR.t(), dropped(x_TI, drop))
     grads: list[Tensor | None] = []
     start = 0
-    for i, (dy, projection, h) in enumerate(zip(dys, group, _parts(h_TR, group), strict=True)):
+    for i, (dy, projection, db) in enumerate(zip(dys, group, dbs, strict=True)):
         wants_weight, wants_a, wants_b, wants_bias = wanted[4 * i : 4 * i + 4]
         end = start + projection.rank
         grads.append(_weight_gradient(dy, x_TI, projection.weight) if wants_weight else None)
         grads.append(da_RI[start:end] if wants_a and da_RI is not None else None)
-        db = (
-            matmul_exact(dy.t(), h, scale=projection.scaling) if wants_b and h is not None else None
-        )
-        grads.append(db)
+        grads.append(db if wants_b else None)
         grads.append(dy.sum(0) if wants_bias else None)
         start = end
     return [
@@ -221,8 +234,9 @@ def parameter_gradients(
     ]
 
 
-def _weight_gradient(dy_TO: Tensor, x_TI: Tensor, weight: Any) -> Tensor:
+def _weight_gradient(dy_TO: Tensor, x_TI: Tensor | None, weight: Any) -> Tensor:
     """dW [O, I]: a weight that is wider than the products gets their sums as they are."""
+    assert x_TI is not None
     if weight.dtype == torch.promote_types(dy_TO.dtype, torch.float32):
         return matmul_exact(dy_TO.t(), x_TI)
     return dy_TO.t() @ x_TI
@@ -294,9 +308,9 @@ class _LoRALinear(torch.autograd.Function):
         group = group_of(tensors, ctx.constants)
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
         wants_x, _, _, _, *wanted = ctx.needs_input_grad
-        dh = rank_gradient(dys, group, bs)
+        dh, dbs = rank_gradients(dys, h_TR, group, bs)
         dx = input_gradient(dys, dh, a_RI, group, ctx.drop) if wants_x else None
-        grads = parameter_gradients(dys, x_TI, h_TR, dh, group, ctx.drop, wanted)
+        grads = parameter_gradients(dys, x_TI, dbs, dh, group, ctx.drop, wanted)
         return like(dx, grad_outputs[0]), None, None, None, *grads
 
 

@@ -7,9 +7,12 @@ that computes dgate and dup (the selective recomputation of Korthikanti et al. 2
 arXiv 2205.05198, where it costs nothing). With trained weights and no adapters this is the MLP of
 full fine-tuning.
 
-Tried and left out: making the skinny products of the adapters in that same kernel, while dgate,
-dup and the product are in registers. It took 1.58 ms where the kernel and five GEMMs take 1.25
-(8192 x 14336, r = 16, the best of eleven tile shapes, H100, 2026-11-22): registers spill.
+Where all three have adapters of a small rank, the activation's kernels make what lies next to
+them: h B^T of gate and up, h of down, dh A and dA of down (`gated_lora`); gate(x) and up(x) are
+then saved without their low-rank parts. Tried and left out: dh and dB of gate and up in that same
+kernel, while dgate and dup are in registers. They spill: with them and dA it took 1.58 ms where the
+plain kernel and five GEMMs take 1.25 (8192 x 14336, r = 16, the best of eleven tiles, H100,
+2026-11-22).
 
 Long rows: gate, up, their product and the gradients of the three are 82 GB for 400,000 tokens of a
 width of 14336. Above `SLICE_BYTES` the tokens go through in slices, and only x is saved; gate and
@@ -17,7 +20,10 @@ up are made again in the backward pass, which at such lengths is lost beside att
 GEMMs are 1.9e13 FLOPs a layer of 3.6e14 at 75,000 tokens, less beyond). Gradients of parameters
 are summed over the slices in float32.
 
-Sharding and checkpointing: as in `lora_linear`.
+Sharding and checkpointing: as in `lora_linear`. The node is two: the first saves all that the
+backward pass needs, the second makes y and saves nothing. Where a checkpoint computes a layer
+again, torch stops as soon as everything is saved that was (its "early stop"): the product of
+`down`, a third of the MLP, is not made a second time, and of a row in slices nothing at all.
 
 Shape legend: T tokens, H hidden size, F width of the hidden layer, R ranks.
 """
@@ -26,12 +32,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regrow.kernels import lora_linear, swiglu
+from regrow.kernels import gated_lora, lora_linear, swiglu
 from regrow.kernels.dropout import draw_seed
 from regrow.kernels.float8 import Float8Weight
 from regrow.kernels.lora_linear import (
@@ -46,7 +52,7 @@ from regrow.kernels.lora_linear import (
     like,
     parameter_gradients,
     project,
-    rank_gradient,
+    rank_gradients,
     tensors_of,
 )
 
@@ -75,16 +81,24 @@ def reference(
 # ---- host ----
 
 
+class Activation(NamedTuple):
+    """Between the projections."""
+
+    kind: str
+    with_adapters: bool
+    """Whether its kernels make what of the low-rank updates lies next to it (`gated_lora`)."""
+
+
 @dataclass(frozen=True)
 class _Layer:
     """The three projections, and their adapters as the products take them."""
 
     group: list[Projection]  # gate, up, down
     casts: list[Any]  # A of gate and up, A of down, and B of each of the three
-    activation: str
+    activation: Activation
 
     @classmethod
-    def of(cls, tensors: Sequence[Any], constants: Any, activation: str, dtype: Any) -> _Layer:
+    def of(cls, tensors: Sequence[Any], constants: Any, activation: Any, dtype: Any) -> _Layer:
         gate, up, down = group = group_of(tensors, constants)
         a_RH, bs = cast_adapters([gate, up], dtype)
         down_a_RF, down_bs = cast_adapters([down], dtype)
@@ -93,14 +107,36 @@ class _Layer:
     def inner(self, x_TH: Tensor, drop: Drop) -> tuple[Tensor, Tensor, Tensor | None]:
         """(gate [T, F], up [T, F], h [T, R] of both)."""
         a_RH, _, *bs, _ = self.casts
-        (gate_TF, up_TF), h_TR = project(x_TH, self.group[:2], a_RH, bs, drop)
+        group = self.group[:2]
+        if self.activation.with_adapters:
+            h_TR = dropped(x_TH, drop) @ a_RH.t()
+            frozen = [replace(p, a=None, b=None) for p in group]
+            (gate_TF, up_TF), _ = project(x_TH, frozen, None, (None, None), drop)
+            return gate_TF, up_TF, h_TR
+        (gate_TF, up_TF), h_TR = project(x_TH, group, a_RH, bs, drop)
         return gate_TF, up_TF, h_TR
 
-    def outer(self, gate_TF: Tensor, up_TF: Tensor, drop: Drop) -> tuple[Tensor, Tensor | None]:
-        """(y [T, H], h [T, R] of down)."""
-        hidden_TF = swiglu.gated_forward(gate_TF, up_TF, self.activation)
-        (y_TH,), h_TR = project(hidden_TF, self.group[2:], self.casts[1], self.casts[4:], drop)
-        return y_TH, h_TR
+    def hidden(
+        self, gate_TF: Tensor, up_TF: Tensor, h_TR: Tensor | None, drop: Drop
+    ) -> tuple[Tensor, Tensor | None]:
+        """(act(gate) * up [T, F], h [T, R] of down); given what `inner` gives."""
+        kind, with_adapters = self.activation
+        down_a_RF = self.casts[1]
+        if with_adapters:
+            return gated_lora.forward(gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, kind)
+        hidden_TF = swiglu.gated_forward(gate_TF, up_TF, kind)
+        return hidden_TF, None if down_a_RF is None else dropped(hidden_TF, drop) @ down_a_RF.t()
+
+    def _adapters(self, h_TR: Any) -> tuple[Tensor, Tensor, float, Tensor, Tensor, float]:
+        """h, B and scaling of gate, and of up."""
+        gate, up, _ = self.group
+        h_gate, h_up = h_TR.split([gate.rank, up.rank], dim=1)
+        return h_gate, self.casts[2], gate.scaling, h_up, self.casts[3], up.scaling
+
+    def outer(self, hidden_TF: Tensor, h_TR: Tensor | None) -> Tensor:
+        """y [T, H]."""
+        (y_TH,), _ = project(hidden_TF, self.group[2:], None, self.casts[4:], (0.0, 0), h_TR)
+        return y_TH
 
     def back(
         self, dy_TH: Tensor, saved: Sequence[Any], drops: Drops, wants_x: bool, wanted: list[bool]
@@ -110,20 +146,26 @@ class _Layer:
         a_RH, down_a_RF, *bs = self.casts
         inner, outer = self.group[:2], self.group[2:]
         split = 2 * _PER_PROJECTION
-        dh = rank_gradient([dy_TH], outer, bs[2:])
-        dhidden = input_gradient([dy_TH], dh, down_a_RF, outer, drops[1])
-        dgate, dup, hidden_TF = swiglu.gated_backward(
-            dhidden, gate_TF, up_TF, self.activation, True
-        )
-        del dhidden
+        kind, with_adapters = self.activation
+        dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
+        hidden_TF = da_RF = None
+        if with_adapters:
+            through = input_gradient([dy_TH], None, None, outer, drops[1])
+            given = through, gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, dh
+            dgate, dup, da_RF = gated_lora.backward(*given, kind)
+            del given
+        else:
+            through = input_gradient([dy_TH], dh, down_a_RF, outer, drops[1])
+            dgate, dup, hidden_TF = swiglu.gated_backward(through, gate_TF, up_TF, kind, True)
+        del through
         of_down = parameter_gradients(
-            [dy_TH], hidden_TF, down_h_TR, dh, outer, drops[1], wanted[split:]
+            [dy_TH], hidden_TF, dbs, dh, outer, drops[1], wanted[split:], da_RF
         )
         del hidden_TF
         dys = [dgate, dup]
-        dh = rank_gradient(dys, inner, bs[:2])
+        dh, dbs = rank_gradients(dys, h_TR, inner, bs[:2])
         dx = input_gradient(dys, dh, a_RH, inner, drops[0]) if wants_x else None
-        of_inner = parameter_gradients(dys, x_TH, h_TR, dh, inner, drops[0], wanted[:split])
+        of_inner = parameter_gradients(dys, x_TH, dbs, dh, inner, drops[0], wanted[:split])
         return dx, of_inner + of_down
 
 
@@ -164,16 +206,21 @@ def _added(total: list[Any], more: Sequence[Any]) -> None:
 
 
 class _LoRAMLP(torch.autograd.Function):
+    """Everything but the last product; a token stands for y, whose gradient is the token's."""
+
     @staticmethod
     def forward(ctx, x, activation, p, seeds, constants, *tensors):
         x_TH = x.reshape(-1, x.shape[-1])
         drops = (p, seeds[0]), (p, seeds[1])
         layer = _Layer.of(tensors, constants, activation, x.dtype)
         gate_TF, up_TF, h_TR = layer.inner(x_TH, drops[0])
-        y_TH, down_h_TR = layer.outer(gate_TF, up_TF, drops[1])
+        hidden_TF, down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
         ctx.save_for_backward(x_TH, gate_TF, up_TF, h_TR, down_h_TR, *layer.casts, *tensors)
         ctx.activation, ctx.drops, ctx.constants = activation, drops, constants
-        return like(y_TH, x)
+        made = [t for t in (hidden_TF, down_h_TR) if t is not None]
+        ctx.mark_non_differentiable(*made)
+        ctx.set_materialize_grads(False)
+        return _token(x, layer), *made
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -181,7 +228,7 @@ class _LoRAMLP(torch.autograd.Function):
         saved, casts = everything[:5], list(everything[5:10])
         layer = _Layer(group_of(everything[10:], ctx.constants), casts, ctx.activation)
         wants_x, _, _, _, _, *wanted = ctx.needs_input_grad
-        (dy,) = grad_outputs
+        dy = grad_outputs[0]
         dy_TH = dy.reshape(-1, dy.shape[-1])
         dx, grads = layer.back(dy_TH, saved, ctx.drops, wants_x, wanted)
         return like(dx, dy), None, None, None, None, *grads
@@ -192,18 +239,11 @@ class _SlicedLoRAMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, activation, p, seeds, constants, rows, *tensors):
-        x_TH = x.reshape(-1, x.shape[-1])
-        layer = _materialized(_Layer.of(tensors, constants, activation, x.dtype), x.dtype)
-        y_TH = None
-        for part, drops in _slices(len(x_TH), rows, p, seeds):
-            gate_TF, up_TF, _ = layer.inner(x_TH[part], drops[0])
-            y_SH, _ = layer.outer(gate_TF, up_TF, drops[1])
-            del gate_TF, up_TF
-            y_TH = x_TH.new_empty(len(x_TH), y_SH.shape[1]) if y_TH is None else y_TH
-            y_TH[part] = y_SH
-        ctx.save_for_backward(x_TH, *layer.casts, *tensors)
+        layer = _Layer.of(tensors, constants, activation, x.dtype)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), *layer.casts, *tensors)
         ctx.settings = activation, p, seeds, constants, rows
-        return like(y_TH, x)
+        ctx.set_materialize_grads(False)
+        return _token(x, layer)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -218,7 +258,7 @@ class _SlicedLoRAMLP(torch.autograd.Function):
         total: list[Any] = [None] * len(wanted)
         for part, drops in _slices(len(x_TH), rows, p, seeds):
             gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
-            down_h_TR = _down_h(layer, gate_TF, up_TF, drops[1])
+            _, down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
             saved = x_TH[part], gate_TF, up_TF, h_TR, down_h_TR
             del gate_TF, up_TF
             dx, grads = layer.back(dy_TH[part], saved, drops, wants_x, wanted)
@@ -230,12 +270,55 @@ class _SlicedLoRAMLP(torch.autograd.Function):
         return like(dx_TH, dy), None, None, None, None, None, *grads
 
 
-def _down_h(layer: _Layer, gate_TF: Tensor, up_TF: Tensor, drop: Drop) -> Tensor | None:
-    """What `_Layer.outer` gives beside y, without the large product."""
-    down_a_RF = layer.casts[1]
-    if down_a_RF is None:
-        return None
-    return dropped(swiglu.gated_forward(gate_TF, up_TF, layer.activation), drop) @ down_a_RF.t()
+class _Down(torch.autograd.Function):
+    """y from the hidden layer, for a token of `_LoRAMLP`; nothing is saved here."""
+
+    @staticmethod
+    def forward(ctx, token, constants, hidden_TF, h_TR, *tensors):
+        down = group_of(tensors, constants)
+        _, bs = cast_adapters(down, token.dtype)
+        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR)
+        return like(y_TH, token)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0], *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+class _InSlices(torch.autograd.Function):
+    """y from x, for a token of `_SlicedLoRAMLP`; nothing is saved here."""
+
+    @staticmethod
+    def forward(ctx, token, x, activation, p, seeds, constants, rows, *tensors):
+        x_TH = x.reshape(-1, x.shape[-1])
+        layer = _materialized(_Layer.of(tensors, constants, activation, x.dtype), x.dtype)
+        y_TH = x_TH.new_empty(len(x_TH), token.shape[-1])
+        for part, drops in _slices(len(x_TH), rows, p, seeds):
+            gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
+            hidden_TF, h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
+            del gate_TF, up_TF
+            y_TH[part] = layer.outer(hidden_TF, h_TR)
+        return like(y_TH, x)
+
+    backward = _Down.backward
+
+
+def _token(x: Tensor, layer: _Layer) -> Tensor:
+    """One number in the shape of y: what autograd takes for the result until it is made."""
+    down = layer.group[2]
+    shapes = [down.b.shape] if down.b is not None else []
+    shapes += [down.weight.shape] if isinstance(down.weight, Tensor) else []
+    width = shapes[0][0] if shapes else x.shape[-1]
+    return x.new_empty_strided((*x.shape[:-1], width), (0,) * x.dim())
+
+
+def _has_small_adapters(group: Sequence[Projection]) -> bool:
+    """Whether `gated_lora` knows these updates, and nothing but them wants the hidden layer."""
+    gate, up, down = group
+    is_trained = isinstance(down.weight, Tensor) and down.weight.requires_grad
+    has_bias = gate.bias is not None or up.bias is not None
+    small = all(0 < p.rank <= gated_lora.LARGEST_RANK for p in group)
+    return small and not has_bias and not is_trained
 
 
 # ---- public ----
@@ -271,10 +354,15 @@ def lora_mlp(
         raise ValueError(f"activation {activation!r} is none of {', '.join(swiglu.ACTIVATIONS)}")
     group = (gate, up, down)
     seeds = (draw_seed(), draw_seed()) if dropout > 0 else (0, 0)
-    settings = activation, dropout, seeds, constants_of(group)
+    late = dropout == 0 and _has_small_adapters(group) and gated_lora.takes(x)
+    settings = Activation(activation, late), dropout, seeds, constants_of(group)
     tokens = x.numel() // max(x.shape[-1], 1)
     width = max(*widths, 0) or _USUAL_WIDTH * x.shape[-1]
     rows = _slice_rows(tokens, width, x.element_size(), slice_bytes)
+    tensors = tensors_of(group)
     if rows:
-        return _SlicedLoRAMLP.apply(x, *settings, rows, *tensors_of(group))
-    return _LoRAMLP.apply(x, *settings, *tensors_of(group))
+        token = _SlicedLoRAMLP.apply(x, *settings, rows, *tensors)
+        return _InSlices.apply(token, x, *settings, rows, *tensors)
+    token, hidden, *h = _LoRAMLP.apply(x, *settings, *tensors)
+    of_down = tensors_of([down])
+    return _Down.apply(token, constants_of([down]), hidden, h[0] if h else None, *of_down)

@@ -5,6 +5,8 @@ Mathematics (Zhang and Sennrich 2019, arXiv 1910.07467), a row x of size H:
     n = x / sqrt(mean(x^2) + eps)          y = n * (weight + offset)
     dx = r * (g - n mean(g n)) + dsum      with g = dy * (weight + offset), r = 1 / sqrt(...)
     dweight = sum over rows of dy * n
+where dsum is the gradient of x (or of the sum) from elsewhere: where a layer's input goes on beside
+its norm, autograd would add the two in a pass of its own (three of [T, H] where there is one here).
 offset is 0 for Llama and 1 for Gemma, which stores weight - 1. Everything is computed in float32
 and rounded once (Hugging Face's Llama rounds n before it multiplies by the weight).
 Saved are x and one float per row; y is not.
@@ -183,6 +185,27 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight if wants else None, None, None
 
 
+class _RMSNormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_H, eps, offset):
+        x = x.contiguous()
+        y, _, rstd = _forward(x, None, weight_H, eps, offset)
+        ctx.save_for_backward(x, weight_H, rstd)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)
+        return y, x
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        dy, dx = grad_outputs
+        if dy is None:
+            return dx, None, None, None
+        wants = ctx.needs_input_grad[1]
+        dx = None if dx is None else dx.contiguous()
+        dx, dweight = _backward(dy.contiguous(), dx, *ctx.saved_tensors, ctx.offset, wants)
+        return dx, dweight if wants else None, None, None
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight_H, eps, offset):
@@ -215,6 +238,20 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0) ->
     if not _fits(x, weight_H):
         return reference(x, weight_H, eps, offset=offset)[0]
     return _RMSNorm.apply(x, weight_H, eps, offset)
+
+
+def rms_norm_beside(
+    x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(norm of x, x), for an x [..., H] that goes on: its two gradients are added in one pass.
+
+    Raises:
+        ValueError: when the weight does not fit.
+    """
+    _check(x, weight_H)
+    if not _fits(x, weight_H):
+        return reference(x, weight_H, eps, offset=offset)[0], x
+    return _RMSNormBeside.apply(x, weight_H, eps, offset)
 
 
 def add_rms_norm(

@@ -40,7 +40,7 @@ def reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
 
 @jit
-def _activate(g, KIND: tl.constexpr):
+def activate(g, KIND: tl.constexpr):
     """(act(g), act'(g)) in float32."""
     if KIND == "silu":
         s = tl.sigmoid(g)
@@ -65,7 +65,7 @@ def _gated_forward_kernel(gate, up, out, width, gate_stride, up_stride, KIND: tl
     seen = column < width
     g = tl.load(gate + row * gate_stride + column, mask=seen, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=seen, other=0.0).to(tl.float32)
-    value, _ = _activate(g, KIND)
+    value, _ = activate(g, KIND)
     tl.store(out + row * width + column, value * u, mask=seen)
 
 
@@ -80,7 +80,7 @@ def _gated_backward_kernel(dout, gate, up, dgate, dup, out, width, gate_stride, 
     d = tl.load(dout + place, mask=seen, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + column, mask=seen, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=seen, other=0.0).to(tl.float32)
-    value, slope = _activate(g, KIND)
+    value, slope = activate(g, KIND)
     tl.store(dgate + place, d * u * slope, mask=seen)
     tl.store(dup + place, d * value, mask=seen)
     if HAS_OUT:

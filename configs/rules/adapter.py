@@ -47,16 +47,21 @@ def names_are_in_a_list(recipe: Recipe, given: frozenset[str]) -> Iterator[Breac
 _ONE_EACH = "Write a list, one name an entry"
 
 
-_INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+FIRST_VALUES = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+"""Names of `peft_init_lora_weights`, beside true, false and pissa_niter_N."""
 
 
 @rule("peft_init_lora_weights")
 def first_values_are_known(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """CorDA, LoRA-GA, MiCA and the like need preparations of their own that are not here."""
     kind = recipe.peft_init_lora_weights
-    if isinstance(kind, bool) or kind in _INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", kind):
+    if (
+        isinstance(kind, bool)
+        or kind in FIRST_VALUES
+        or re.fullmatch(r"pissa_niter_[1-9]\d*", kind)
+    ):
         return
-    remedy = f"Use true, {', '.join(_INITS)} or pissa_niter_16"
+    remedy = f"Use true, {', '.join(FIRST_VALUES)} or pissa_niter_16"
     yield ("peft_init_lora_weights",), "not here", remedy
 
 

@@ -108,15 +108,33 @@ def _of_entries(recipe: Recipe) -> Iterator[Breach]:
                 yield (name, number, "chat_template"), why, "Use one of the two"
 
 
-@rule("fp8", "adapter")
-def float8_is_for_whole_weights(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """torchao's layers train the weights they multiply by."""
-    if recipe.fp8 and recipe.uses_adapter:
-        yield ("fp8",), "adapters multiply in `bf16`", "Remove it, or `adapter`"
+@rule("fp8", "adapter", "load_in_4bit", "load_in_8bit")
+def float8_bases_have_16_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Fewer bits are made whole for each product, not rounded to 8-bit floats."""
+    if recipe.fp8 and (recipe.load_in_4bit or recipe.load_in_8bit):
+        yield ("fp8",), "a base in 4 or 8 bits multiplies in `bf16`", "Remove it, or use lora"
+
+
+@rule("fp8", "fsdp_config", "deepspeed", "tensor_parallel_size")
+def float8_bases_are_whole(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Their 8 bits are made once, by the process that holds all of a weight."""
+    if not (recipe.fp8 and recipe.uses_adapter):
+        return
+    zero = (recipe.deepspeed or {}).get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else 0
+    for key, divides in (
+        ("fsdp_config", recipe.fsdp_config is not None),
+        ("deepspeed", stage == 3),
+        ("tensor_parallel_size", recipe.tensor_parallel_size > 1),
+    ):
+        if divides:
+            why = f"with an adapter each process holds all of the weights, which `{key}` divides"
+            yield ("fp8",), why, f"Remove it, or `{key}`"
 
 
 RULES = (
-    float8_is_for_whole_weights,
+    float8_bases_have_16_bits,
+    float8_bases_are_whole,
     mistral_common_writes_all_itself,
     random_weights_are_trained_themselves,
     routers_have_gradients,

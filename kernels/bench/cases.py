@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from regrow.kernels import linear_cross_entropy as lce
-from regrow.kernels import lora_linear, lora_mlp, rms_norm, swiglu
+from regrow.kernels import lora_linear, lora_mlp, nf4, rms_norm, swiglu
 from regrow.kernels import rope as rope_op
 from regrow.kernels.float8 import Float8Weight
 
@@ -138,6 +138,30 @@ def in_8_bits(
     return [replace(p, weight=made[p.weight.data_ptr()]) for p in projections]  # pyright: ignore
 
 
+def in_4_bits(
+    projections: Sequence[lora_linear.Projection], made: dict[int, Callable[[], Tensor]]
+) -> list[lora_linear.Projection]:
+    """The projections over random weights in nf4 with double quantization."""
+
+    def weight(shape: Any, scale: float) -> Callable[[], Tensor]:
+        count = shape[0] * shape[1]
+        packed, blocks = (
+            torch.randint(0, 256, (n,), device="cuda", dtype=torch.uint8)
+            for n in (count // 2, -(-count // 64))
+        )
+        code, code2 = (torch.linspace(-1, 1, n, device="cuda") for n in (16, 256))
+        scale2 = torch.full((-(-len(blocks) // 256),), scale, device="cuda")
+        scales = nf4.Scales(blocks, 64, code2, scale2, 2 * scale2[0], 256)
+        return lambda: nf4.dequantize(packed, code, scales, shape, torch.bfloat16)
+
+    for projection in projections:
+        dense = projection.weight
+        assert isinstance(dense, Tensor)
+        if dense.data_ptr() not in made:
+            made[dense.data_ptr()] = weight(dense.shape, dense.shape[1] ** -0.5)
+    return [replace(p, weight=made[p.weight.data_ptr()]) for p in projections]  # pyright: ignore
+
+
 def lora_case(name: str, outputs: Sequence[int], inputs: int) -> Case:
     def made(small: bool) -> list[Tensor]:
         x, size = (130, 72) if small else (TOKENS, inputs)
@@ -152,9 +176,15 @@ def lora_case(name: str, outputs: Sequence[int], inputs: int) -> Case:
     def eighth(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return lora_linear.lora_linear(x, *in_8_bits(group(tensors), weights8))
 
+    weights4: dict[int, Callable[[], Tensor]] = {}
+
+    def fourth(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return lora_linear.lora_linear(x, *in_4_bits(group(tensors), weights4))
+
     size = f"{name}: {TOKENS} x {inputs} -> {' + '.join(map(str, outputs))}, r {RANK}"
     fused = rivals(lambda x, *t: lora_linear.lora_linear(x, *group(t)), plain)
-    return Case("lora_linear", size, made, plain, fused | {"regrow float8": eighth})
+    fused |= {"regrow float8": eighth, "regrow nf4": fourth}
+    return Case("lora_linear", size, made, plain, fused)
 
 
 def mlp_case() -> Case:
@@ -181,7 +211,7 @@ def mlp_case() -> Case:
 # ---- pointwise ----
 
 
-def norm_case(residual: bool) -> Case:
+def norm_case(residual: bool = False, beside: bool = False) -> Case:
     def made(small: bool) -> list[Tensor]:
         shape = (130, 77) if small else (TOKENS, HIDDEN)
         return [leaf(*shape), *([leaf(*shape)] if residual else []), leaf(shape[1], trained=False)]
@@ -193,6 +223,13 @@ def norm_case(residual: bool) -> Case:
             lambda x, r, w: rms_norm.reference(x, w, 1e-5, r),
             rivals(lambda x, r, w: rms_norm.add_rms_norm(x, r, w, 1e-5),
                    lambda x, r, w: (torch.rms_norm(x + r, w.shape, w, 1e-5), x + r)),
+        )  # fmt: skip
+    if beside:
+        return Case(
+            "rms_norm_beside", f"{TOKENS} x {HIDDEN}, frozen weight", made,
+            lambda x, w: (rms_norm.reference(x, w, 1e-5)[0], x * 1),
+            rivals(lambda x, w: rms_norm.rms_norm_beside(x, w, 1e-5),
+                   lambda x, w: (torch.rms_norm(x, w.shape, w, 1e-5), x * 1)),
         )  # fmt: skip
     return Case(
         "rms_norm", f"{TOKENS} x {HIDDEN}, frozen weight", made,
@@ -241,8 +278,9 @@ def all_cases() -> list[Case]:
         lora_case("o", (4096,), HIDDEN),
         lora_case("down", (4096,), WIDTH),
         mlp_case(),
-        norm_case(False),
-        norm_case(True),
+        norm_case(),
+        norm_case(beside=True),
+        norm_case(residual=True),
         rope_case(False),
         rope_case(True),
         swiglu_case(),

@@ -14,6 +14,7 @@ import gc
 import json
 import traceback
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from regrow.tasks import identity
+from regrow.tasks.evaluate.alone import run_alone
 from regrow.tasks.evaluate.compare import compare, with_earlier_answers
 from regrow.tasks.evaluate.generate import Prompt, answers, fixed_prompts, held_out_prompts
 from regrow.tasks.evaluate.loss import validation_scores
@@ -30,6 +32,8 @@ from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError, StageJob
 
 _SAMPLES = 8  # generations kept in the result itself: as many as people read in a table
+_PREPARED = ("index.json", "prompts.jsonl", "tokenizer/*", "validation/*")
+_ANSWERS = "generations.jsonl"
 _NO_VALIDATION = (
     "there is no validation split, so the loss is not known; set val_set_size or test_datasets"
 )
@@ -42,6 +46,18 @@ def run(job: StageJob) -> dict[str, Any]:
     Raises:
         StageError: when the model cannot be loaded, or its loss is not a number.
     """
+    if job.devices is None:
+        return on_device(job)
+    inputs = {"prepare": job.part("prepare", *_PREPARED)}
+    if "baseline" in job.inputs:
+        inputs["baseline"] = job.part("baseline", _ANSWERS)
+    if "model" in job.inputs:
+        inputs["model"] = job.inputs["model"]
+    return run_alone(replace(job, inputs=inputs, fetch=None))
+
+
+def on_device(job: StageJob) -> dict[str, Any]:
+    """The same, in this process."""
     device = _device(job)
     if device.type == "cpu":
         return _evaluated(job, device)
@@ -63,7 +79,7 @@ def _forget_locals(error: BaseException | None) -> None:
 
 
 def _evaluated(job: StageJob, device: torch.device) -> dict[str, Any]:
-    prepared = job.part("prepare", "index.json", "prompts.jsonl", "tokenizer/*", "validation/*")
+    prepared = job.part("prepare", *_PREPARED)
     rows = _validation_rows(prepared)
     tokenizer = load_tokenizer(prepared / "tokenizer", job.placement.trust_remote_code)
     held_out = held_out_prompts(prepared, job.spec.num_prompts)
@@ -161,12 +177,12 @@ def _write(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"scores": scores, "notes": notes, "comparison": None}
     if "baseline" in job.input_results:
-        earlier = _read_lines(job.part("baseline", "generations.jsonl") / "generations.jsonl")
+        earlier = _read_lines(job.part("baseline", _ANSWERS) / _ANSWERS)
         generations = with_earlier_answers(generations, earlier)
         result["comparison"] = compare(job.input_results["baseline"]["scores"], scores)
         _write_json(job.out / "comparison.json", result["comparison"])
     _write_json(job.out / "scores.json", scores)
-    _write_lines(job.out / "generations.jsonl", generations)
+    _write_lines(job.out / _ANSWERS, generations)
     return {**result, "samples": generations[:_SAMPLES]}
 
 

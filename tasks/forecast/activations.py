@@ -22,6 +22,8 @@ KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 
 SLICE_BYTES, SLICES_OF_MOST = 4 << 30, 4
 """Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices."""
+LARGEST_RANK = 32
+"""Of `regrow.kernels.gated_lora`: of the adapters whose updates the activation's kernel makes."""
 
 FUSED_FAMILIES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "gemma2", "gemma3_text", "phi3")
@@ -256,6 +258,13 @@ def slice_share(layer: Layer) -> float:
         return 1.0
     slices = -(-whole * SLICES_OF_MOST // SLICE_BYTES)
     return min(1.0, -(-tokens // slices // 128) * 128 / tokens)
+
+
+def adapts_inside(layer: Layer) -> bool:
+    """Whether the MLP's kernel makes its adapters' updates, and so no product again for them."""
+    layers = layer.linear("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    small = all(0 < layer.rank(weight) <= LARGEST_RANK for weight in layers)
+    return len(layers) == 3 and small and not layer.trainable.dropout
 
 
 def _experts(layer: Layer, experts: Sequence[Weight]) -> int:

@@ -61,6 +61,7 @@ def wish_of_job(spec: TrainSpec, placement: TrainPlacement, facts: Facts) -> Wis
         bits=quantization.bits if quantization else 16,
         double_quant=bool(settings.get("bnb_4bit_use_double_quant")),
         quantized_experts=bool(quantization and quantization.experts),
+        float8=spec.fp8 and spec.adapter is not None,
         dtype_bytes=HALF if spec.dtype == "bfloat16" else FULL,
         division=division,
     )
@@ -120,11 +121,12 @@ def stored_adapter(directory: Path) -> AdapterSettings:
 
 
 def _kernels(placement: TrainPlacement) -> tuple[str, ...]:
-    """On a GPU, where "auto" means all that take whole layers."""
+    """On a GPU, where "auto" means all whose weights are there."""
     wanted = placement.kernels if placement.sharding.tensor_parallel_size == 1 else "off"
     if isinstance(wanted, str):
-        return KERNELS if wanted == "auto" else ()
-    return tuple(name for name in KERNELS if name in wanted)
+        wanted = KERNELS if wanted == "auto" else ()
+    apart = placement.sharding.kernels_apart
+    return tuple(name for name in KERNELS if name in wanted and name not in apart)
 
 
 def division_of(sharding: Sharding, processes: int) -> Division:

@@ -19,6 +19,7 @@ from regrow.tasks.forecast.activations import (
     FUSED_FAMILIES,
     HALF,
     Layer,
+    adapts_inside,
     attention_backward_bytes,
     attention_bytes,
     attention_results,
@@ -44,6 +45,8 @@ FRAGMENTATION = 0.03
 with packed rows, 2026-11-21."""
 LOSS_BUDGET = 5 * 2**28
 """Bytes of logits at a time: `LOGITS_BYTES` of `regrow.kernels.linear_cross_entropy`."""
+SCARCE_LOSS_BUDGET = 2**28
+"""The same where the layers' inputs are offloaded: `SCARCE_LOGITS_BYTES` there."""
 
 _CHUNK_MULTIPLE = 128
 """Rows of such a chunk are a multiple of it: `_ROW_MULTIPLE` there."""
@@ -98,7 +101,8 @@ def _bytes_of(weight: Weight, setting: Setting) -> float:
             return setting.dtype_bytes  # the float32 copy is the optimizer's
         return FULL if trained else setting.dtype_bytes
     if not _is_quantized(weight, setting):
-        return setting.dtype_bytes
+        is_doubled = setting.float8 and weight.kind == "linear" and weight.module != "lm_head"
+        return setting.dtype_bytes + 2 * is_doubled  # a byte for each direction
     if setting.bits == 8:
         return 1 + FULL / weight.shape[-1]
     scale = 1 + FULL / _NF4_OUTER if setting.double_quant else FULL
@@ -343,17 +347,19 @@ def loss_bytes(setting: Setting) -> float:
         return 3 * FULL * shape.vocabulary * tokens
     labelled = tokens * setting.supervised
     rows = HALF * shape.hidden * labelled * 2
-    kept = rows + max(chunk_bytes(shape.vocabulary, tokens, labelled), HALF * shape.hidden * tokens)
+    budget = SCARCE_LOSS_BUDGET if setting.policy == OFFLOAD else LOSS_BUDGET
+    chunk = chunk_bytes(shape.vocabulary, tokens, labelled, budget)
+    kept = rows + max(chunk, HALF * shape.hidden * tokens)
     if setting.frozen and not setting.trainable.whole:
         return kept
     rounded = 0 if _keeps_rounded(setting) else HALF
     return kept + (FULL + rounded) * shape.vocabulary * shape.hidden
 
 
-def chunk_bytes(vocabulary: int, tokens: int, labelled: float) -> float:
+def chunk_bytes(vocabulary: int, tokens: int, labelled: float, budget: int) -> float:
     """Of the logits that `regrow.kernels.linear_cross_entropy` makes at a time, in float32."""
     columns = -(-vocabulary // 8) * 8
-    most = max(LOSS_BUDGET // (FULL * columns) // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+    most = max(budget // (FULL * columns) // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
     even = -(-tokens // max(-(-tokens // most), 1))
     rows = max(-(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, 1)
     return FULL * columns * min(rows, labelled)
@@ -362,17 +368,18 @@ def chunk_bytes(vocabulary: int, tokens: int, labelled: float) -> float:
 def backward_bytes(layer: Layer) -> float:
     """Bytes a token that a layer's backward pass needs beside what is kept, at its fullest.
 
-    With the kernels: gradients of the MLP's product, of gate and of up, and the product made again.
+    With the kernels: gradients of the MLP's product, of gate and of up, and the product made again,
+    but where small adapters are computed inside.
     Through PEFT: the product and its float32 copy, in the forward pass already. Otherwise the
     gradient of the product, since what was kept is freed as the pass goes on. And, without the
     kernels, the residual stream and the gradients of those that read it.
     """
     width, hidden = mlp_width(layer), layer.shape.hidden
     if "mlp" in layer.compute.kernels or "experts" in layer.compute.kernels:
-        share = slice_share(layer)
+        share, again = slice_share(layer), 0 if adapts_inside(layer) else 1
         if share < 1:  # gate and up of a slice as well, and the input's gradient of all of them
-            return 6 * HALF * width * share + HALF * hidden
-        return 4 * HALF * width
+            return (5 + again) * HALF * width * share + HALF * hidden
+        return (3 + again) * HALF * width
     if layer.frozen:
         inside = (HALF + FULL if layer.compute.bits == 16 else 2 * HALF) * width
     else:

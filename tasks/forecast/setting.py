@@ -75,6 +75,8 @@ class Setting:
     double_quant: bool = True
     quantized_experts: bool = False
     """Whether the stacked matrices of experts are held in `bits` too."""
+    float8: bool = False
+    """Whether frozen layers under the adapter are held in 8-bit floats too, for each direction."""
     dtype_bytes: int = HALF
     """In which forward and backward are computed, and a frozen base is held."""
     checkpointing: bool | str = False

@@ -21,6 +21,8 @@ class Family:
     """Where an attention layer's sliding window stands: in the "layer", the "config", nowhere."""
     softcap: bool = False
     """Whether attention scores are capped."""
+    sums: bool = True
+    """Whether a layer is x + attention(norm(x)), then x + mlp(norm(x)), with nothing between."""
 
     def kind(self, module: nn.Module) -> str | None:
         """What of the family a module is: "RMSNorm", "MLP", "Attention", "ForCausalLM", or None."""
@@ -37,9 +39,9 @@ FAMILIES = (
     Family("qwen3", "Qwen3", window="layer"),
     Family("qwen3_moe", "Qwen3Moe", window="layer"),
     Family("smollm3", "SmolLM3", window="layer"),
-    Family("gemma2", "Gemma2", norm_offset=1.0, window="layer", softcap=True),
-    Family("gemma3", "Gemma3", norm_offset=1.0, window="layer"),
-    Family("phi3", "Phi3", window="config"),
+    Family("gemma2", "Gemma2", norm_offset=1.0, window="layer", softcap=True, sums=False),
+    Family("gemma3", "Gemma3", norm_offset=1.0, window="layer", sums=False),
+    Family("phi3", "Phi3", window="config", sums=False),
 )
 
 

@@ -1,10 +1,15 @@
-"""Linear layers that multiply in 8-bit floats, by torchao: their weights stay as they are."""
+"""Linear layers that multiply in 8-bit floats: trained ones by torchao, frozen ones by ours."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Any
 
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from regrow.kernels.float8 import Float8Weight
+from regrow.kernels.lora_linear import Projection, lora_linear
 from regrow.tasks.modeling.quantization import require_package
 from regrow.tasks.stage import StageError
 
@@ -30,12 +35,7 @@ def multiply_in_float8(model: nn.Module, device: str) -> int:
         convert_to_float8_training,
     )
 
-    on_cuda = device != "cpu" and torch.cuda.is_available()
-    if on_cuda and torch.cuda.get_device_capability() < _CAPABILITY:
-        raise StageError(
-            f"fp8: {torch.cuda.get_device_name()} does not multiply 8-bit floats (NVIDIA's Ada, "
-            "Hopper and later do); set fp8: false"
-        )
+    _check_device(device)
     head = getattr(model, "get_output_embeddings", lambda: None)()
 
     def fits(module: nn.Module, name: str) -> bool:
@@ -46,6 +46,65 @@ def multiply_in_float8(model: nn.Module, device: str) -> int:
     count = sum(fits(module, name) for name, module in model.named_modules())
     if not count:
         raise StageError("fp8: the model has no linear layers that it is for; set fp8: false")
-    config = Float8LinearConfig(emulate=not on_cuda)
+    config = Float8LinearConfig(emulate=not _on_cuda(device))
     convert_to_float8_training(model, module_filter_fn=fits, config=config)
     return count
+
+
+def _on_cuda(device: str) -> bool:
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def _check_device(device: str) -> None:
+    if _on_cuda(device) and torch.cuda.get_device_capability() < _CAPABILITY:
+        raise StageError(
+            f"fp8: {torch.cuda.get_device_name()} does not multiply 8-bit floats (NVIDIA's Ada, "
+            "Hopper and later do); set fp8: false"
+        )
+
+
+class Float8Linear(nn.Module):
+    """A frozen linear layer that multiplies in 8 bits, both directions; its weight stays.
+
+    The 8-bit weights (as large as the weight in 16 bits, once for each direction) are made when
+    they are first asked for, which is on the device where they stay.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._in_8_bits: Float8Weight | None = None
+
+    def in_8_bits(self) -> Float8Weight:
+        """The weight, rounded row by row and column by column."""
+        kept = self._in_8_bits
+        if kept is None or kept.rows_OI.device != self.weight.device:
+            kept = self._in_8_bits = Float8Weight.of(self.weight.detach())
+        return kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        return lora_linear(x, Projection(self.in_8_bits(), bias=self.bias))[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+def freeze_in_float8(model: nn.Module, device: str) -> int:
+    """Swap the frozen linear layers under LoRA adapters; how many there are.
+
+    Raises:
+        StageError: the device has no 8-bit floats, or there is no such layer.
+    """
+    _check_device(device)
+    found: list[tuple[Any, nn.Linear]] = []
+    for module in model.modules():
+        base = module.base_layer if isinstance(module, LoraLayer) else None
+        if type(base) is nn.Linear and not any(size % _MULTIPLE for size in base.weight.shape):
+            found.append((module, base))
+    for layer, base in found:
+        layer.base_layer = Float8Linear(base)
+    if not found:
+        raise StageError("fp8: the model has no linear layers that it is for; set fp8: false")
+    return len(found)

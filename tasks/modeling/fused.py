@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regrow.kernels.lora_linear import lora_linear
 from regrow.kernels.lora_mlp import lora_mlp
-from regrow.kernels.rms_norm import rms_norm
+from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation
 from regrow.tasks.modeling.attention import packed_attention_forward
@@ -40,14 +40,25 @@ class FusedNorm(nn.Module):
         self.eps: float = epsilon_of(norm)
         self.offset = offset
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., H]; a weight of a wider type widens the result, as it does in Llama's.
+    def forward(self, x: Tensor, stream: Tensor | None = None, *, beside: bool = False) -> Any:
+        """The norm of x [..., H]; with `stream` (norm, sum) of the two; `beside` (norm, x).
 
-        Not under autocast, where what follows would only bring it back.
+        A weight of a wider type widens the norm, as it does in Llama's. Not under autocast, where
+        what follows would only bring it back.
         """
+        wide = x.dtype
         if not self.offset and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return rms_norm(x, self.weight, self.eps, offset=self.offset)
+            wide = torch.promote_types(x.dtype, self.weight.dtype)
+        how: Any = {"offset": self.offset}
+        if wide == x.dtype and beside:
+            return rms_norm_beside(x, self.weight, self.eps, **how)
+        if wide == x.dtype and stream is not None and stream.dtype == x.dtype:
+            return add_rms_norm(x, stream, self.weight, self.eps, **how)
+        total = x if stream is None else stream + x
+        norm = rms_norm(
+            total.to(torch.promote_types(total.dtype, wide)), self.weight, self.eps, **how
+        )
+        return (norm, total) if beside or stream is not None else norm
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

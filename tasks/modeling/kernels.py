@@ -30,6 +30,7 @@ from regrow.tasks.modeling.fused import (
     input_names,
 )
 from regrow.tasks.modeling.fused_experts import FusedExperts, why_not_experts
+from regrow.tasks.modeling.fused_layer import fused_layer, takes_sums
 from regrow.tasks.modeling.loss_head import LossHead, LossTerms
 from regrow.tasks.modeling.projections import same_dropout, why_not
 
@@ -60,7 +61,7 @@ class Swapped:
     """How many modules of each kernel."""
     parts: Counter[str] = field(default_factory=Counter)
     """Of how many attentions the rotary embedding ("rope") and the heads' norms ("qk_norm") run
-    in the kernel too."""
+    in the kernel too, and of how many layers the sums of the residual stream ("sums")."""
     left: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """{kernel or class: {why: names of its modules}}."""
     head: LossHead | None = None
@@ -122,6 +123,7 @@ def swap_kernels(
     terms: LossTerms | None = None,
     *,
     whole_layers: bool = True,
+    apart: Sequence[str] = (),
 ) -> Swapped:
     """Put the kernels into a model in place: after its adapter, before anything wraps it.
 
@@ -129,8 +131,9 @@ def swap_kernels(
         model: a causal language model, or a `PeftModel` around one.
         kernels: names in `KERNELS`.
         terms: of the loss in training, for "cross_entropy".
-        whole_layers: all weights of a layer are there while it runs; not so under DeepSpeed's
-            ZeRO-3, nor where FSDP wraps parts of layers. Only norms are put in then.
+        whole_layers: all weights of a layer are there while it runs; not so where FSDP wraps parts
+            of layers. Only norms are put in then.
+        apart: those among the kernels whose weights are not there while they run.
     """
     done = Swapped()
     if not kernels:
@@ -142,7 +145,7 @@ def swap_kernels(
         return _said(done)
     # Norms first: an attention that is replaced takes those of its heads over.
     for kernel in sorted(kernels, key=lambda name: name != "rms_norm"):
-        if kernel != "rms_norm" and not whole_layers:
+        if kernel in apart or (kernel != "rms_norm" and not whole_layers):
             done.leave(kernel, _SHARDED)
         elif kernel == "cross_entropy":
             _swap_head(model, base, terms or LossTerms(), done)
@@ -150,6 +153,8 @@ def swap_kernels(
             _swap_modules(base, family, kernel, done)
     if "rms_norm" in kernels:
         _note_other_norms(base, family, done)
+        if family.sums and whole_layers:
+            _swap_layers(base, family, done)
     if "attention" in kernels and _takes_made_mask(base.config):
         # On the outermost, as that of the head.
         model.register_forward_pre_hook(skip_mask, with_kwargs=True)
@@ -173,6 +178,14 @@ def _swap_modules(base: nn.Module, family: Family, kernel: str, done: Swapped) -
         done.modules[kernel] += 1
         if isinstance(made, FusedAttention):
             done.parts.update(made.parts)
+
+
+def _swap_layers(base: nn.Module, family: Family, done: Swapped) -> None:
+    """Layers whose norms are ours leave them their sums."""
+    for name, layer in list(base.named_modules()):
+        if family.kind(layer) == "DecoderLayer" and takes_sums(layer):
+            base.set_submodule(name, fused_layer(layer))
+            done.parts["sums"] += 1
 
 
 def _note_other_norms(base: nn.Module, family: Family, done: Swapped) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from regrow.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from regrow.kernels.linear_cross_entropy import IGNORED, LOGITS_BYTES, linear_cross_entropy
 from regrow.tasks.modeling.batches import SUPERVISED_ROWS
 from regrow.tasks.modeling.projections import in_compute_dtype
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
@@ -45,6 +45,7 @@ class LossHead(nn.Linear):
         self._rows_n: Tensor | None = None
         self._hidden: Tensor | None = None
         self.rounded: RoundedWeights | None = None
+        self.logits_bytes = LOGITS_BYTES
 
     def listen(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook, with keywords, of the outermost model: whether labels are given."""
@@ -88,4 +89,5 @@ class LossHead(nn.Linear):
                 softcap=self._softcap,
                 label_smoothing=terms.label_smoothing,
                 z_loss=terms.z_loss,
+                logits_bytes=self.logits_bytes,
             )

@@ -14,7 +14,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from regrow.kernels import nf4
 from regrow.kernels.lora_linear import Projection
+from regrow.tasks.modeling.float8 import Float8Linear
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
 _LORA_LAYERS = ("Linear", "Linear4bit")  # of PEFT; Linear8bitLt multiplies in int8 (see `_base`)
@@ -28,9 +30,7 @@ def why_not(layer: nn.Module) -> str:
 
 
 def _why_not_base(layer: nn.Module) -> str:
-    if type(layer) is nn.Linear:
-        return _hooked(layer)
-    if _is_4bit(layer):
+    if type(layer) in (nn.Linear, Float8Linear) or _is_4bit(layer):
         return _hooked(layer)
     if type(layer).__name__ == "Linear8bitLt":
         return "int8 layers round their inputs too, which the kernels do not"
@@ -74,7 +74,7 @@ def _is_ready(layer: Any) -> bool:
         base = layer.base_layer
     if isinstance(base.weight, DTensor):
         return False
-    return not _is_4bit(base) or getattr(base.weight, "quant_state", None) is not None
+    return not _is_4bit(base) or _quant_state(base) is not None
 
 
 def projection_of(
@@ -100,19 +100,32 @@ def projection_of(
 
 
 def _weight(base: Any) -> Any:
-    return _Dequantized(base.weight) if _is_4bit(base) else base.weight
+    if isinstance(base, Float8Linear):
+        return base.in_8_bits()
+    return _Dequantized(base.weight, _quant_state(base)) if _is_4bit(base) else base.weight
+
+
+def _quant_state(base: Any) -> Any:
+    """Scales of a weight in 4 bits; None before they are made. FSDP2 gathers a plain tensor, which
+    knows none: the layer does."""
+    state = getattr(base.weight, "quant_state", None)
+    return state if state is not None else getattr(base, "quant_state", None)
 
 
 class _Dequantized:
     """Makes the dense matrix of a weight in 4 bits, each time it is called."""
 
-    def __init__(self, weight: Any) -> None:
-        self._weight = weight
+    def __init__(self, weight: Any, state: Any) -> None:
+        self._weight, self._state = weight, state
 
     def __call__(self) -> Tensor:
+        state, packed = self._state, self._weight.data
+        if packed.is_cuda and getattr(state, "quant_type", "") == "nf4":
+            scales = nf4.Scales.of(state)
+            return nf4.dequantize(packed, state.code, scales, tuple(state.shape), state.dtype)
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self._weight.data, self._weight.quant_state)
+        return dequantize_4bit(packed, state)
 
 
 def dropout_of(layers: Sequence[nn.Module]) -> float:

@@ -11,6 +11,9 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from regrow.kernels.linear_cross_entropy import SCARCE_LOGITS_BYTES
+from regrow.tasks.modeling.loss_head import LossHead
+
 POLICIES = ("none", "selective", "full", "offload")
 """none: all activations stay. selective: attention's results stay, the rest is computed again.
 full: only each layer's input stays. offload: even that waits in the host's memory."""
@@ -59,11 +62,21 @@ def _attends(operation: str) -> bool:
     return name in _KEPT or of_package
 
 
+def make_fewer_logits(model: Any) -> None:
+    """At a time, where memory is short."""
+    for head in model.modules():
+        if isinstance(head, LossHead):
+            head.logits_bytes = SCARCE_LOGITS_BYTES
+
+
 def recompute_layers(model: Any, policy: str, use_reentrant: bool) -> None:
     """Let a Transformers model, or PEFT's cover of one, follow a policy from now on.
 
+    Where even the layers' inputs leave the device, fewer logits are made at a time as well.
     Not through `TrainingArguments`: reporters write those as JSON, which functions are not.
     """
+    if policy == "offload":
+        make_fewer_logits(model)
     how = checkpoint_arguments(policy, use_reentrant)
     if how is None:
         return

@@ -143,9 +143,10 @@ def _wish(
 
 def smallest_room(args: TrainingArguments) -> Room:
     """The room of the rank that has the least, on every rank."""
-    free, _ = torch.cuda.mem_get_info(args.device)
+    free, whole = torch.cuda.mem_get_info(args.device)
     # What torch holds already, such as a quantized base, is counted by the memory model too.
     mine = free + torch.cuda.memory_reserved(args.device)
+    mine = min(mine, whole * torch.cuda.get_per_process_memory_fraction(args.device))
     host = _host_memory() / max(1, torch.cuda.device_count())
     rooms = torch.tensor([mine, host], dtype=torch.float64, device=args.device)
     if args.world_size > 1:
@@ -156,8 +157,17 @@ def smallest_room(args: TrainingArguments) -> Room:
 
 def _host_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes that this process may still take: what the host has free, and its container's limit."""
-    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min([free, *(_left_of(groups / limit, groups / used) for limit, used in _LIMITS)])
+    left = [_left_of(groups / limit, groups / used) for limit, used in _LIMITS]
+    return min([_available(), *left])
+
+
+def _available(table: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that the host can give: files that are cached and can go count as free."""
+    lines = table.read_text().splitlines() if table.is_file() else []
+    known = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    if known:
+        return 1024.0 * int(known[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 # Control groups of Linux, version 2 and 1: (limit, what is used of it).

@@ -155,6 +155,16 @@ class ReshardAfterValidation(TrainerCallback):
         reshard(kwargs["model"])
 
 
+def gather_early(model: Any) -> None:
+    """Before the rows of a step are read: begin to send the embedding, which comes first of all.
+
+    Later there is nothing to compute meanwhile; no layer waits for so much (2 GiB of Llama 3.1's).
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, FSDPModule):
+        embedding.unshard(async_op=True)
+
+
 def reshard(model: nn.Module) -> None:
     """Each process holds its own parts only."""
     for module in model.modules():

@@ -93,8 +93,11 @@ class Meeting:
 
     @classmethod
     def join(cls, nodes: Nodes, say: Callable[[str], None]) -> Meeting:
-        """Another machine's side, once machine 0 is there, however long that takes."""
-        told = -math.inf
+        """Another machine's side, once machine 0 is there, however long that takes.
+
+        After a while it says which of the ports other processes have.
+        """
+        begun, told = time.monotonic(), -math.inf
         tries: dict[int, Future[_TCPStore | None]] = {}
         while True:
             for port in _ports(nodes):
@@ -105,8 +108,9 @@ class Meeting:
                         return cls(store, nodes)
                     del tries[port]
             if time.monotonic() - told > _TELL_EVERY:
+                why = "" if told < begun else _in_the_way(nodes)
                 told = time.monotonic()
-                say(f"waiting for machine 0 at {nodes.address}:{nodes.port}")
+                say(f"waiting for machine 0 at {nodes.address}:{nodes.port}{why}")
             time.sleep(_POLL)
 
     # ---- machine 0 ----
@@ -249,6 +253,27 @@ def _elsewhere(nodes: Nodes) -> _TCPStore:
     return store
 
 
+def _in_the_way(nodes: Nodes) -> str:
+    """Which of the ports processes have that are not our machine 0, for people; "" for none."""
+    ports = _ports(nodes)
+    taken = [port for port in ports if _listens(nodes.address, port)]
+    names = ", ".join(map(str, taken))
+    if len(taken) < len(ports):
+        return f" (another process has {names})" if taken else ""
+    return (
+        f" (other processes have {names}, and it meets at no other: end them there, or choose "
+        "another MASTER_PORT on all machines)"
+    )
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), _JOIN_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def _trying(nodes: Nodes, port: int) -> Future[_TCPStore | None]:
     """`_joined`, in a thread: torch waits for ever at a port whose process takes connections and
     says nothing."""
@@ -262,7 +287,8 @@ def _joined(nodes: Nodes, port: int) -> _TCPStore | None:
     """The store at that port, if machine 0 of these machines keeps it."""
     try:
         # First the port alone: torch waits at one where nobody listens yet.
-        socket.create_connection((nodes.address, port), _JOIN_SECONDS).close()
+        if not _listens(nodes.address, port):
+            return None
         tries = timedelta(seconds=_JOIN_SECONDS)
         store = _TCPStore(
             nodes.address, port, is_master=False, wait_for_workers=False, timeout=tries

@@ -20,7 +20,7 @@ from regrow.tasks.modeling.first_values import (
     initialise_from_data,
     keep_first_values,
 )
-from regrow.tasks.modeling.float8 import multiply_in_float8
+from regrow.tasks.modeling.float8 import freeze_in_float8, multiply_in_float8
 from regrow.tasks.modeling.freezing import train_only
 from regrow.tasks.modeling.kernels import (
     WITH_ADAPTERS,
@@ -104,9 +104,9 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
     elif spec.unfrozen:
         partly = train_only(model, spec.unfrozen, DTYPES[spec.dtype])
     if spec.fp8:
-        logger.info(
-            "%d linear layers multiply in float8", multiply_in_float8(trained, job.placement.device)
-        )
+        in_float8 = freeze_in_float8 if spec.adapter else multiply_in_float8
+        count = in_float8(trained, job.placement.device)
+        logger.info("%d linear layers multiply in float8", count)
     if spec.neftune_noise_alpha:
         EmbeddingNoise(spec.neftune_noise_alpha).attach(trained)
     rounds = Rounds(trained, DTYPES[spec.dtype]) if spec.relora else None
@@ -154,7 +154,19 @@ def _swap(model: Any, job: WorkerJob) -> Swapped:
     if any(name.endswith("Norm") for name in place.sharding.wrapped_classes):
         kernels = tuple(name for name in kernels if name != "rms_norm")  # FSDP looks for its class
     terms = LossTerms(spec.label_smoothing, spec.z_loss)
-    return swap_kernels(model, kernels, terms, whole_layers=place.sharding.gathers_layers)
+    zero3 = place.sharding.divides_weights_by_zero
+    done = swap_kernels(
+        model,
+        kernels,
+        terms,
+        whole_layers=zero3 or place.sharding.gathers_layers,
+        apart=place.sharding.kernels_apart,
+    )
+    if zero3:
+        from regrow.tasks.train.zero import gather_with_layers  # imports DeepSpeed
+
+        gather_with_layers(model)
+    return done
 
 
 def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob, *, whole: bool) -> PeftModel:

@@ -195,6 +195,24 @@ class SaveCheckpoints(TrainerCallback):
         self._saver, self._trainer, self._meter, self._metrics = saver, trainer, meter, metrics
         self._others = others
         self._staging = Staging()
+        self._prepared = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """After the first step the optimizer's states are there, too: make room for a copy.
+
+        Not where DeepSpeed makes copies of its own, nor on the CPU, whose memory needs no pinning.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
+        if args.device.type == "cuda" and not self._trainer.is_deepspeed_enabled:
+            self._staging.prepare(self._trainer.capture())
 
     def on_save(
         self,

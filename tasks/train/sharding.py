@@ -34,11 +34,27 @@ class Sharding:
         return self.fsdp is not None or _zero_stage(self) == 3 or divided
 
     @property
+    def divides_weights_by_zero(self) -> bool:
+        """Whether DeepSpeed leaves each process a part of every weight: ZeRO-3."""
+        return _zero_stage(self) == 3
+
+    @property
     def gathers_layers(self) -> bool:
         """Whether all weights of a layer are there while it runs, not those of one child alone."""
         by_layer = (self.fsdp or {}).get("auto_wrap_policy") != "SIZE_BASED_WRAP"
         inside = any(not name.endswith(("Layer", "Block")) for name in self.wrapped_classes)
         return by_layer and not inside and _zero_stage(self) < 3
+
+    @property
+    def kernels_apart(self) -> tuple[str, ...]:
+        """Kernels (`regrow.tasks.modeling.kernels`) whose weights are not there while they run.
+
+        ZeRO-3 gathers what a layer's attention and MLP take with the layer (`regrow.tasks.train.
+        zero`), but not all experts of it, nor the head for the loss function.
+        """
+        if self.divides_weights_by_zero:
+            return ("experts", "cross_entropy")
+        return () if self.gathers_layers else ("attention", "mlp", "experts", "cross_entropy")
 
     @property
     def wrapped_classes(self) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from regrow.tasks.modeling.fused import FusedAttention, FusedGateUpMLP, FusedMLP
+from regrow.tasks.train.groups import NAMES, match_groups
 from regrow.tasks.train.state import (
     OPTIMIZER,
     PARTS,
@@ -36,6 +38,16 @@ from regrow.tasks.train.state import (
 
 # Tensors read together on resume: enough to use a disk well, few enough for a small memory.
 _READ_TOGETHER = 32
+
+
+def gather_with_layers(model: nn.Module) -> None:
+    """ZeRO-3 gathers the weights of a child when the child is called. Our kernels call none: let
+    what they take be gathered with the layer around them, and let go of with it."""
+    for layer in model.modules():
+        for child in layer.children():
+            if isinstance(child, (FusedAttention, FusedMLP, FusedGateUpMLP)):
+                for parameter in child.parameters():
+                    zero.register_external_parameter(layer, parameter)
 
 
 class ZeroEngine:
@@ -80,7 +92,7 @@ class ZeroEngine:
             if number % self._world_size == self._rank:
                 tensors |= {key: value.detach().cpu().clone() for key, value in found.items()}
         groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"names": []}
+            {key: value for key, value in group.items() if key != "params"} | {NAMES: []}
             for group in self._inner.param_groups
         ]
         counts = {name: self._counts() for name in self._parameters}
@@ -119,8 +131,11 @@ class ZeroEngine:
             {key: value for key, value in tensors.items() if not value.dim()},
         )
 
-    def restore(self, stored: Stored) -> None:
+    def restore(self, stored: Stored) -> list[int]:
         """Put back a state saved by any engine.
+
+        Returns:
+            For each group of the optimizer the number of the saved one that it goes on from.
 
         Raises:
             StageError: for states in 8 bits that were divided otherwise.
@@ -128,8 +143,10 @@ class ZeroEngine:
         shapes = stored.shapes()
         self._make_states()
         check_parts(stored, self._parts() if self._in_blocks() else None)
-        for group, saved in zip(self._inner.param_groups, stored.values["groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "names"})
+        saved, groups = stored.values["groups"], self._inner.param_groups
+        matched = match_groups([{**group, NAMES: []} for group in groups], saved)
+        for group, number in zip(groups, matched, strict=True):
+            group.update({key: value for key, value in saved[number].items() if key != NAMES})
         names = list(self._parameters)
         for start in range(0, len(names), _READ_TOGETHER):
             some = set(names[start : start + _READ_TOGETHER])
@@ -143,6 +160,7 @@ class ZeroEngine:
         count = next(iter(stored.values["optimizer"].values()), {})
         for state in self._inner.state.values():
             state.update({key: n for key, n in count.items() if isinstance(state.get(key), int)})
+        return matched
 
     def _put_blocks(self, stored: Stored) -> None:
         if not self._in_blocks():

@@ -34,23 +34,11 @@ def flash_2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: fl
     return packed_attention._torch_varlen(q, k, v, cu, options)
 
 
-def cudnn_rounded(examples: int, longest: int) -> Attend:
-    """cuDNN through its package, plans rounded up as said."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, most: int, scale: float) -> Tensor:
-        cudnn_attention.EXAMPLES, cudnn_attention.LONGEST = examples, longest
-        return cudnn_attention.cudnn_attention(q, k, v, cu, most, scale)
-
-    return attend
-
-
 def candidates() -> dict[str, Attend]:
     """Name -> function of (q, k, v, cu_seqlens, longest, scale)."""
     return {
         "flash 2 (torch)": flash_2,
-        "cudnn (package), 8 x 512": cudnn_rounded(8, 512),
-        "cudnn (package), exact": cudnn_rounded(1, 1),
-        "cudnn (package), 16 x 1024": cudnn_rounded(16, 1024),
+        "cudnn (package)": cudnn_attention.cudnn_attention,
     }
 
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,7 +168,7 @@ def optimizer_of(case: Any, model: Any) -> Any:
     from regrow.tasks.modeling.rounded_weights import keep_rounded
     from regrow.tasks.train.trainers import fused_adamw
 
-    fused_adamw.adamw_step = lambda *args: None  # it moves in place
+    fused_adamw.adamw_step = lambda *args, **parts: None  # it moves in place
     trained = [p for p in model.parameters() if p.requires_grad]
     rounded = keep_rounded(model)
     if case.optimizer != "adamw_torch_fused":
@@ -293,12 +293,14 @@ def batch_of(case: Any, vocabulary: int) -> dict[str, Any]:
     return found | {"num_items_in_batch": torch.tensor(1, device="cuda")}
 
 
-def _waiting(case: Any) -> Any:
+@contextmanager
+def _waiting(case: Any) -> Iterator[None]:
     """What `regrow.tasks.modeling.offload` does, without streams."""
     import torch
 
     if case.policy != "offload":
-        return nullcontext()
+        yield
+        return
 
     leaving: deque[Any] = deque(maxlen=2)  # on their way
 
@@ -309,7 +311,9 @@ def _waiting(case: Any) -> Any:
         leaving.append(tensor.detach())
         return tensor.cpu()
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.cuda())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.cuda()):
+        yield
+    leaving.clear()
 
 
 def _mark_layers(model: Any, meter: Meter) -> None:
@@ -330,12 +334,14 @@ def measure(case: Any) -> dict[str, float]:
     """Bytes alive at most in each part of the second step."""
     import torch
 
-    from regrow.tasks.modeling.recompute import checkpoint_arguments
+    from regrow.tasks.modeling.recompute import checkpoint_arguments, make_fewer_logits
 
     with metered() as meter:
         meter.word = "making"
         model = build(case)
         how = checkpoint_arguments(case.policy, use_reentrant=False)
+        if case.policy == "offload":
+            make_fewer_logits(model)
         if how is not None:
             model.activation_checkpointing_enable(how | {"preserve_rng_state": False})
         optimizer, rounded = optimizer_of(case, model)

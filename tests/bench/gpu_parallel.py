@@ -8,10 +8,13 @@ further case is begun:
 
     weak    each GPU keeps its work: one micro-batch of four packed rows of 4,096 tokens in a step,
             8 layers; LoRA on one GPU and with DDP on two, all weights on one and with FSDP2 on two
+    full    those of them with all weights
     wide    the same with all weights and eight rows, which a whole 8B model has the memory for
     matrix  {DDP, FSDP2, ZeRO-3, CP=2, TP=2} x {LoRA, QLoRA, full} and one GPU for each kind, 4
             layers, the same four rows in each step; three cases at a time, so rates mean nothing
-    saving  FSDP2, all weights of 4 layers (23 GB of state), two checkpoints
+    odd     those of `matrix` that PEFT's own layers computed before, and what belongs to them
+    saving  FSDP2, all weights of 4 layers (23 GB of state), two checkpoints: what each costs the
+            loop of its time, were there one each minute
     acc     weak scaling with four micro-batches of two rows in a step
     kept    FSDP2 of `weak` with `reshard_after_forward` off
 
@@ -82,6 +85,7 @@ NF4 = Quantization(
     },
 )
 _PATIENCE = 100.0  # seconds for one case; a hang would take all others' time
+_SAVING_PATIENCE = 150.0  # for one that waits for its checkpoints, too
 _STEP = re.compile(r"step (\d+)/(\d+) \| loss")
 _SAVED = re.compile(r"checkpoint of step \d+ is safe.*")
 
@@ -116,7 +120,7 @@ LARGE = Size(
     shallow=4,
     tokens=4096,
     steps=12,
-    save_every=60,
+    save_every=75,  # some 24 s apart: writing one takes no longer
     at_once=3,
     device="cuda",
 )
@@ -136,6 +140,8 @@ TINY = Size(
     at_once=1,
     device="cpu",
 )
+_ALL = ("weak", "wide", "matrix", "saving", "acc", "kept")
+MANY = 48
 ROWS = 4
 """Rows of 4,096 tokens in a step of the matrix, and of each GPU in one of `weak`."""
 
@@ -154,24 +160,38 @@ class Case:
     rows: int = ROWS
     micro_batch_size: int = 1
     saving: Cadence = dataclasses.field(default_factory=Cadence)
+    kernels: str = "auto"
+    there: int = 24
+    """Rows that there are: steps are of one size where they are whole epochs."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which it is given up."""
+        return _SAVING_PATIENCE if self.saving.steps else _PATIENCE
 
 
 def parts(size: Size) -> dict[str, list[Case]]:
     """All cases, the most valuable first."""
     deep, steps, every = size.deep, size.steps, size.save_every
     more = max(steps * 2 // 3, 5)
+    full = [
+        Case("weakfull-1", 1, "ddp", "full", deep, steps, ROWS, ROWS),
+        Case("weakfull-fsdp2-2", 2, "fsdp2", "full", deep, steps, 2 * ROWS, ROWS),
+    ]
     return {
         "weak": [
             Case("weaklora-1", 1, "ddp", "lora", deep, steps, ROWS, ROWS),
             Case("weaklora-ddp-2", 2, "ddp", "lora", deep, steps, 2 * ROWS, ROWS),
-            Case("weakfull-1", 1, "ddp", "full", deep, steps, ROWS, ROWS),
-            Case("weakfull-fsdp2-2", 2, "fsdp2", "full", deep, steps, 2 * ROWS, ROWS),
+            *full,
         ],
+        "full": full,
         "wide": [
-            Case("widefull-1", 1, "ddp", "full", deep, steps, 2 * ROWS, 2 * ROWS),
-            Case("widefull-fsdp2-2", 2, "fsdp2", "full", deep, steps, 4 * ROWS, 2 * ROWS),
+            Case("widefull-1", 1, "ddp", "full", deep, steps, 2 * ROWS, 2 * ROWS, there=MANY),
+            Case("widefull-fsdp2-2", 2, "fsdp2", "full", deep, steps, 4 * ROWS, 2 * ROWS,
+                 there=MANY),
         ],
         "matrix": sorted(matrix(size), key=lambda case: case.ranks),
+        "odd": [case for case in sorted(matrix(size), key=lambda c: c.ranks) if is_odd(case)],
         "saving": [
             Case(
                 "saving-fsdp2-2", 2, "fsdp2", "full", size.shallow, 2 * every + 2, 2 * ROWS, ROWS,
@@ -179,8 +199,8 @@ def parts(size: Size) -> dict[str, list[Case]]:
             ),
         ],
         "acc": [
-            Case("accfull-1", 1, "ddp", "full", deep, more, 2 * ROWS, 2),
-            Case("accfull-fsdp2-2", 2, "fsdp2", "full", deep, more, 4 * ROWS, 2),
+            Case("accfull-1", 1, "ddp", "full", deep, more, 2 * ROWS, 2, there=MANY),
+            Case("accfull-fsdp2-2", 2, "fsdp2", "full", deep, more, 4 * ROWS, 2, there=MANY),
         ],
         "kept": [Case("weakfull-kept-2", 2, "kept", "full", deep, steps, 2 * ROWS, ROWS)],
     }  # fmt: skip
@@ -191,10 +211,21 @@ def matrix(size: Size) -> Iterator[Case]:
     on_gpus = size.device == "cuda"
     for kind in ("full", "lora", "qlora") if on_gpus else ("full", "lora"):
         yield Case(f"matrix{kind}-1", 1, "ddp", kind, size.shallow, size.steps)
+        if kind == "lora" and on_gpus:  # tensor parallelism computes adapters as PEFT does
+            name = f"matrix{kind}-peft-1"
+            yield Case(name, 1, "ddp", kind, size.shallow, size.steps, kernels="off")
         for way in ("fsdp2", "ddp", "zero3", "cp", "tp"):
             refused = way == "tp" and (kind == "qlora" or not on_gpus)
             if not refused:  # TP: a quantized base is not divided, and Accelerate takes GPUs only
                 yield Case(f"matrix{kind}-{way}-2", 2, way, kind, size.shallow, size.steps)
+
+
+def is_odd(case: Case) -> bool:
+    """Whether it has an adapter that PEFT's own layers computed before 2026-11-22, 15:00; or is
+    what such a one is compared with."""
+    kind, _, way = case.name.removeprefix("matrix").partition("-")
+    ways = {"qlora": ("1", "fsdp2-2", "zero3-2", "cp-2"), "full": ()}
+    return way in ways.get(kind, ("1", "peft-1", "zero3-2", "tp-2"))
 
 
 def make_model(size: Size, layers: int, out: Path) -> None:
@@ -206,13 +237,13 @@ def make_model(size: Size, layers: int, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
 
 
-def make_rows(size: Size, out: Path) -> None:
+def make_rows(size: Size, out: Path, count: int) -> None:
     """Rows of four examples; a skewed choice of tokens, so that there is something to learn."""
     random = np.random.default_rng(0)
     vocabulary = size.model["vocab_size"]
     (out / "train").mkdir(parents=True)
     rows, supervised = [], 0
-    for _ in range(24):
+    for _ in range(count):
         ids = (vocabulary * random.random(size.tokens) ** 4).astype(int)
         mask = np.ones(size.tokens, dtype=int)
         mask[:: size.tokens // 4] = 0
@@ -261,10 +292,11 @@ def job_of(size: Size, place: Path, case: Case) -> WorkerJob:
             save_total_limit=1,
             gradient_checkpointing=True,
             device=size.device,
-            hang_timeout=_PATIENCE - 10,
+            hang_timeout=case.patience - 10,
+            kernels=case.kernels,
             sharding=WAYS[case.way],
         ),
-        prepared=place / "rows",
+        prepared=place / f"rows-{case.there}",
         base_model=model,
         out=work / "out",
         work=work,
@@ -276,10 +308,10 @@ class End:
     """Kills a training's processes when it has reported its last step and stored its checkpoints,
     or when its time is up."""
 
-    def __init__(self, job: WorkerJob, checkpoints: int) -> None:
+    def __init__(self, job: WorkerJob, checkpoints: int, patience: float) -> None:
         self._words, self._missing = str(job.work / "job.json"), checkpoints
         self._stepped = self.late = False
-        self._timer = threading.Timer(_PATIENCE, self._too_late)
+        self._timer = threading.Timer(patience, self._too_late)
 
     def __enter__(self) -> End:
         self._timer.start()
@@ -320,7 +352,7 @@ def measure(size: Size, place: Path, case: Case, env: Mapping[str, str]) -> dict
     job.write(job.work / "job.json")
     begin = time.monotonic()
     checkpoints = len(job.placement.saving.due(case.steps, case.steps))
-    with End(job, checkpoints) as end:
+    with End(job, checkpoints, case.patience) as end:
         try:
             run_workers(
                 "regrow.tasks.train.worker",
@@ -331,7 +363,7 @@ def measure(size: Size, place: Path, case: Case, env: Mapping[str, str]) -> dict
                 env=env,
             )
         except WorkerFailed as failure:
-            message = f"no end in {_PATIENCE:.0f} s" if end.late else failure.message[-1500:]
+            message = f"no end in {case.patience:.0f} s" if end.late else failure.message[-1500:]
             error = {} if end.came else {"error": message}
         else:
             error = {}
@@ -347,8 +379,12 @@ def measure(size: Size, place: Path, case: Case, env: Mapping[str, str]) -> dict
 def figures(records: list[dict[str, Any]], case: Case, saves: list[str]) -> dict[str, Any]:
     """What a training's records say."""
     rates = [r["tokens_per_second"] for r in records[3:]]
+    tokens = {b["tokens"] - a["tokens"] for a, b in itertools.pairwise(records)}
+    if len(tokens) > 1:
+        raise ValueError(f"{case.name}: steps of {sorted(tokens)} tokens: their rates are no rate")
     found: dict[str, Any] = {
         "losses": [r["loss"] for r in records],
+        "norms": [r.get("grad_norm") for r in records],
         "tokens_per_second": statistics.median(rates),
         "slowest": min(rates),
         "mean_rate": len(rates) / sum(1 / rate for rate in rates),
@@ -361,16 +397,20 @@ def figures(records: list[dict[str, Any]], case: Case, saves: list[str]) -> dict
 
 
 def lost(records: list[dict[str, Any]], every: int, saves: list[str]) -> list[dict[str, float]]:
-    """Of each checkpoint: seconds that training waited, and that its later steps were slower than
-    the median of those before the first."""
+    """Of each checkpoint: seconds that training waited, and that its later steps took longer than
+    as many of those before the first."""
     seconds = [records[0]["seconds"]]
     seconds += [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(records)]
-    calm = statistics.median(seconds[3:every])
+    # Steps before these also wait for the buffers of the copies to be made, in a thread.
+    calm = statistics.mean(seconds[every // 2 : every])
+    early = sum(seconds[3 : every // 2]) - calm * len(seconds[3 : every // 2])
     found = []
     for number, said in enumerate(saves, start=1):
         waited = float(re.findall(r"waited ([\d.]+) s", said)[0])
         after = seconds[number * every : (number + 1) * every]
-        found.append({"waited": waited, "slower": sum(after) - calm * len(after), "calm": calm})
+        slower = sum(after) - calm * len(after)
+        cost = {"waited": waited, "slower": slower, "steps": len(after), "calm": calm}
+        found.append(cost | {"early": early})
     return found
 
 
@@ -388,15 +428,16 @@ def main() -> None:
     shutil.rmtree(options.place, ignore_errors=True)
     options.place.mkdir(parents=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    make_rows(size, options.place / "rows")
+    for count in (24, MANY):
+        make_rows(size, options.place / f"rows-{count}", count)
     for layers in sorted({size.deep, size.shallow}):
         make_model(size, layers, options.place / f"model-{layers}")
     say_where(size)
     print(f"models and rows in {time.monotonic() - begin:.0f} s", flush=True)
     runs = Runs(size, options.place, options.out, begin + options.limit)
-    wanted = options.only.split(",") if options.only else list(parts(size))
+    wanted = options.only.split(",") if options.only else list(_ALL)
     for name in wanted:
-        runs.go(parts(size)[name], size.at_once if name == "matrix" else 1)
+        runs.go(parts(size)[name], size.at_once if name in ("matrix", "odd") else 1)
     print(f"all in {time.monotonic() - begin:.0f} s")
     sys.exit(any("error" in record for record in runs.found.values()))
 
@@ -463,7 +504,10 @@ def line(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         f"{record['slowest']:9,.0f}  {record['memory_gib']:5.1f} GiB  loss "
         f"{record['losses'][0]:.4f} to {record['losses'][-1]:.4f}  whole {record['wall']:.0f} s"
     )
-    alone = found.get(record["run"].split("-")[0] + "-1")
+    part = record["run"].split("-")[0]
+    alone = found.get(part + "-1")
+    if "-tp-" in record["run"]:
+        alone = found.get(part + "-peft-1", alone)
     if alone and alone is not record and "losses" in alone:
         pairs = list(zip(record["losses"], alone["losses"], strict=False))
         share = record["tokens_per_second"] / alone["tokens_per_second"] / 2
@@ -471,12 +515,21 @@ def line(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         worst = max(abs(a - b) for a, b in pairs)
         text += f"  loss differs by {worst:.4f} at most" if same else f"  {share:.1%} of two GPUs"
     text += "".join(f"\n    {said}" for said in record.get("saves", ()))
-    for cost in record.get("lost", ()):
-        share = (cost["waited"] + max(cost["slower"], 0)) / 60
+    costs = record.get("lost", ())
+    for cost in costs:
         text += (
-            f"\n    waited {cost['waited']:.2f} s, later steps {cost['slower']:+.2f} s of "
-            f"{cost['calm']:.3f} s each: {share:.2%} of a minute"
+            f"\n    waited {cost['waited']:.2f} s; the {cost['steps']} steps after it took "
+            f"{cost['slower']:+.2f} s more than as many before the first, {cost['calm']:.3f} s each"
         )
+    for cost in costs[:1]:
+        text += (
+            f"\n    the steps from the 4th on, while its buffers were made: {cost['early']:+.2f} s"
+        )
+    # Every checkpoint slows the steps after it as the first does, whose steps were all seen; the
+    # first alone makes the buffers that all are copied into.
+    shares = [(cost["waited"] + max(costs[0]["slower"], 0)) / 60 for cost in costs]
+    for number, share in enumerate(shares, start=1):
+        text += f"\n    checkpoint {number} costs {share:.2%} of the loop's time, one each minute"
     return text
 
 

@@ -10,12 +10,13 @@ from the link tree; the random models are made once, in memory if /dev/shm is la
 A run is `WORKLOAD[:option=value...]`; each is a process of its own that calls the worker's `train`
 on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joined by +), `gc` (0, 1,
 auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
-micro-batch), `dropout`, `lora`, `log` (steps between lines of the log; each waits for the device),
-`doc` (tokens of every document), `profile=1` (two more steps under torch.profiler: kernels by kind,
-the longest, the device's idle time), `sync=1` (one more step: where the host waits for the device),
+micro-batch), `dropout`, `fp8` (1: the frozen base in 8-bit floats), `lora`, `log` (steps between
+lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB that
+torch may take of the GPU), `profile=1` (two more steps under torch.profiler: kernels by kind, the
+longest, the device's idle time), `sync=1` (one more step: where the host waits for the device),
 `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on the CPU with
-layers of width 64: it proves the way and measures nothing.
-LONG is one row of 400,000 tokens of chat-like documents; `LONG:doc=400000` is one document.
+layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000 tokens of
+chat-like documents; `LONG:doc=400000` is one document.
 
 W2 and LONG want the package bitsandbytes. Peers in the same call, taking turns with ours on one
 card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that
@@ -122,6 +123,7 @@ def shown(found: dict[str, Any]) -> str:
         + (f", kernels {kernels}" if kernels else "")
         + (f"\n    {profile.get('kinds_ms', list(profile.items())[:1])}" if profile else "")
         + (f"\n    idle {profile['idle_ms']}: {profile['gaps']}" if "gaps" in profile else "")
+        + (f", recomputes {found['recomputes']}" if found.get("recomputes") else "")
         + (f"\n    waits {found['waits']}" if "waits" in found else "")
         + (f"\n    {found['watch']}" if "watch" in found else "")
     )

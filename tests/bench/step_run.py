@@ -6,7 +6,8 @@ import math
 import statistics
 import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def make_job(w: Workload, models: Path, work: Path) -> Any:
             adapter=adapter,
             quantization=Quantization(4, nf4) if w.nf4 else None,
             optimizer=w.optim,
+            fp8=bool(w.fp8),
             row_order="stored",
         ),
         placement=TrainPlacement(
@@ -179,7 +181,8 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     before = probe(tiny)
     clock = Clock(w)
     begin = time.monotonic()
-    result = train(job, [clock.callback])
+    with _room(w):
+        result = train(job, [clock.callback])
     seconds = time.monotonic() - begin
     losses = [r["loss"] for r in read_metrics(job.metrics_path) if "loss" in r]
     if not all(map(math.isfinite, losses)):
@@ -193,6 +196,22 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     found |= {"watch": clock.watch} if clock.watch else {}
     found |= {"waits": clock.waits.most_common()} if clock.waits is not None else {}
     return found
+
+
+@contextmanager
+def _room(w: Workload) -> Iterator[None]:
+    """Inside, torch takes no more of the GPU than the workload says."""
+    import torch
+
+    if not w.room or w.tiny:
+        yield
+        return
+    share = torch.cuda.set_per_process_memory_fraction
+    share(w.room * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        share(1.0)
 
 
 def _link_tokenizer(base: Path, rows: Path) -> None:
@@ -225,6 +244,7 @@ def figures(
         "fill": round(whole["tokens"] / (w.rows * w.timed * w.seq), 3),
         "trainable": result["trainable_parameters"],
         "kernels": result["timing"]["kernels"],
+        "recomputes": result["timing"].get("recomputes"),
     }
 
 

@@ -68,6 +68,10 @@ class Workload:
     """Steps between two lines of the log, each of which waits for the device; peers log nothing."""
     doc: int = 0
     """Tokens of every document; 0: of chat-like lengths."""
+    fp8: int = 0
+    """Whether the frozen base multiplies in 8-bit floats."""
+    room: float = 0.0
+    """GiB that torch may take of the GPU; 0: all of it."""
 
     @property
     def steps(self) -> int:

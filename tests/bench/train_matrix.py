@@ -4,7 +4,8 @@
 
 Each case takes ten steps on a tiny model; then five, a stop, and five more from the checkpoint; the
 two results must be equal to the byte (on a GPU: up to rounding). Adapters are merged. Prints a
-Markdown table.
+Markdown table: `train-matrix-cpu.md` is one. Some optimizers need galore-torch, apollo-torch,
+came-pytorch, schedulefree and torch-optimi.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -44,6 +47,7 @@ from regrow.configs.optimizers import (
     TorchaoOptimizer,
     TorchOptimizer,
 )
+from regrow.configs.rules.adapter import FIRST_VALUES
 from regrow.configs.sections.training import Scheduler
 from regrow.tasks.merge import run as merge
 from regrow.tasks.merge.spec import MergePlacement, MergeSpec
@@ -135,12 +139,16 @@ def _first_values() -> Iterator[Case]:
         return {"adapter": dataclasses.replace(LORA, **changes)}
 
     yield Case("first values", "reinit_weights", WHOLE | {"reinit_weights": True})
-    for init in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva"):
-        yield Case("first values", str(init).lower(), lora(init=init))
+    for init in (True, False, *FIRST_VALUES, "pissa_niter_4"):
+        if init != "loftq":
+            yield Case("first values", str(init).lower(), lora(init=init))
     yield Case(
         "first values", "eva on nf4", lora(init="eva") | {"quantization": NF4}, "bitsandbytes"
     )
-    yield Case("first values", "loftq", lora(init="loftq", alpha=4), "bitsandbytes", cuda=True)
+    loftq: dict[str, Any] = {"init": "loftq", "alpha": 4}
+    yield Case("first values", "loftq", lora(**loftq), "bitsandbytes", cuda=True)
+    loftq["loftq"] = {"loftq_bits": 4, "loftq_iter": 2}
+    yield Case("first values", "loftq_config", lora(**loftq), "bitsandbytes", cuda=True)
 
 
 def _experts() -> Iterator[Case]:
@@ -435,7 +443,7 @@ class Bench:
 
 
 def table(outcomes: list[tuple[Case, Outcome]], device: str) -> str:
-    """The matrix as Markdown."""
+    """The matrix as Markdown, with what it was made of."""
     head = "| kind | name | on | status | loss, step 1 -> 10 | resumed | merge error |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for case, outcome in outcomes:
@@ -448,6 +456,20 @@ def table(outcomes: list[tuple[Case, Outcome]], device: str) -> str:
         cells = (case.kind, case.name, on, outcome.status, losses, outcome.resumed, outcome.merged)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+
+
+def origin(device: str) -> str:
+    """Date, device and versions."""
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in _PACKAGES
+        if importlib.util.find_spec(name)
+    )
+    return f"Made {datetime.date.today()} on {where} with {versions}."
 
 
 def main() -> int:
@@ -468,7 +490,7 @@ def main() -> int:
                 outcome = bench.run(case)
             outcomes.append((case, outcome))
             sys.stderr.write(f"{case.kind}: {case.name}: {outcome}\n")
-    sys.stdout.write(table(outcomes, args.device) + "\n")
+    sys.stdout.write(f"{origin(args.device)}\n\n{table(outcomes, args.device)}\n")
     return 0 if all(outcome.good for _, outcome in outcomes) else 1
 
 

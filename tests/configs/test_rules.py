@@ -609,7 +609,21 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             ),
         )
     ],
-    "float8_is_for_whole_weights": [(LINEAR + "fp8: true", "fp8", "adapters multiply")],
+    "float8_bases_have_16_bits": [
+        (
+            LINEAR.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\nfp8: true",
+            "fp8",
+            "in 4 or 8",
+        )
+    ],
+    "float8_bases_are_whole": [
+        (LINEAR + f"fp8: true\n{line}", "fp8", "each process holds all")
+        for line in (
+            "fsdp_config: {}",
+            "deepspeed: {zero_optimization: {stage: 3}}",
+            "tensor_parallel_size: 2",
+        )
+    ],
     "routers_have_gradients": [
         (
             "output_router_logits: true\ngradient_checkpointing: true\n"

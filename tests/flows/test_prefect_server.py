@@ -107,3 +107,45 @@ def test_run_imports_neither_torch_nor_matplotlib_before_a_stage_needs_them():
     asked = "import sys, regrow.flows.finetune; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_server_of_a_run_begins_before_the_stages_machinery_is_imported():
+    """A run is ready when its server is."""
+    late = "{'fsspec', 'prefect', 'mlflow', 'regrow.tasks.plan', 'regrow.tasks.build'}"
+    asked = f"import sys, regrow.flows.run_command; print({late} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_server_of_one_run_leaves_block_types_to_one_that_stays():
+    """Without a note that they are there: else `regrow ui` would leave them out too."""
+    asked = """
+from regrow.infra.settings import quiet_environment
+quiet_environment(private_server=True)
+from prefect.settings import get_current_settings
+server = get_current_settings().server
+print(server.register_blocks_on_start, server.memoize_block_auto_registration)
+"""
+    env = {name: value for name, value in os.environ.items() if "BLOCK" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False False"
+
+
+def test_a_server_whose_run_was_killed_keeps_others_from_its_database(gate, tmp_path, monkeypatch):
+    """Until it has ended: it may be at making it."""
+    monkeypatch.setattr(prefect_server, "_PROGRAM", "open(__import__('os').environ['GATE']).read()")
+    killed = PrivateServer(tmp_path)
+    killed.start()
+    process = killed._process
+    assert process is not None
+    killed._lock.close()  # as the kernel does
+    second = PrivateServer(tmp_path)
+    second.start()
+    assert second._process is None
+    _end(process)
+    third = PrivateServer(tmp_path)
+    third.start()
+    assert third._process is not None
+    _end(third._process)

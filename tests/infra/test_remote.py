@@ -11,14 +11,17 @@ import time
 
 import pytest
 
+from regrow.flows.workplace import Workplace
 from regrow.infra import remote
 from regrow.infra import store as store_module
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore
 from regrow.infra.digests import DigestMemo
 from regrow.infra.lease import Lease
+from regrow.infra.model_copies import files_at
 from regrow.infra.patient_file import PatientFile
 from regrow.infra.remote import StoreError, patiently
-from regrow.infra.store import Store, open_ranges, open_raw, open_url
+from regrow.infra.settings import load_settings
+from regrow.infra.store import Store, expand, open_ranges, open_raw, open_url
 
 
 class ClientError(Exception):
@@ -353,11 +356,34 @@ def test_store_without_conditional_writes_still_keeps_what_is_there(tmp_path):
     assert store.read_bytes("a") == b"first"
 
 
-def test_a_server_that_says_nothing_is_named_before_long(monkeypatch):
+@pytest.fixture
+def silent_s3(monkeypatch):
+    """A server that takes connections, and says nothing."""
     monkeypatch.setattr(remote, "_SOON", 0.3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and is silent
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(StoreError, match=r"s3://b/x: nothing has answered there for 0\.3 s"):
-            Store("s3://b/x").check_writable()
+        yield
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda url: Store(url).check_writable(),  # a run's store
+        lambda url: Workplace(load_settings(), url).artifacts,  # `store ls`, `lineage`, ...
+        expand,  # a plan's data
+        files_at,  # a plan's base model
+    ],
+    ids=["run", "store ls", "data", "model"],
+)
+def test_a_server_that_says_nothing_is_named_before_long(silent_s3, ask):
+    with pytest.raises(StoreError, match=r"s3://b/x: nothing has answered there for 0\.3 s"):
+        ask("s3://b/x")
+
+
+def test_a_refusal_is_an_answer():
+    def refuse() -> None:
+        raise PermissionError("403")
+
+    remote.heard("s3://b/x", refuse)

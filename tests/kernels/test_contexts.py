@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from regrow.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from regrow.kernels.lora_linear import Projection, lora_linear
 from regrow.kernels.lora_mlp import lora_mlp
-from regrow.kernels.rms_norm import add_rms_norm, rms_norm
+from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation
 
@@ -55,6 +55,7 @@ OPS = {
     "lora_mlp": lambda x, w: lora_mlp(x, *projections(w)),
     "lora_mlp in slices": lambda x, w: lora_mlp(x, *projections(w), slice_bytes=1),
     "rms_norm": lambda x, w: rms_norm(x, w[0], 1e-5),
+    "rms_norm_beside": lambda x, w: torch.cat(rms_norm_beside(x * 2, w[0], 1e-5)),
     "add_rms_norm": lambda x, w: torch.cat(add_rms_norm(x, x * 2, w[0], 1e-5)),
     "rope": turned,
     "gated_activation": lambda x, w: gated_activation(x, x.flip(-1) * w[0]),

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from regrow.kernels import cudnn_attention as ours
 from regrow.kernels import packed_attention as backends
 from regrow.tasks.modeling.recompute import checkpoint_arguments
+from tests.bench.step_workloads import documents, pack, workload
 from tests.kernels.test_packed_attention import make, reference
 
 LENGTHS = [1, 37, 5, 128, 2]
@@ -74,6 +75,11 @@ class Backward(StandIn):
             values["dv"][part] = (p.mT @ do).reshape(of_group).sum(1).transpose(0, 1).float()
 
 
+def forget_plans(monkeypatch):
+    monkeypatch.setattr(ours, "_planned", {})
+    ours._sizes_of.cache_clear()
+
+
 @pytest.fixture
 def stood_in(monkeypatch):
     """Plans by PyTorch, and the word that cuDNN is to be asked; counts forward passes."""
@@ -82,10 +88,12 @@ def stood_in(monkeypatch):
     monkeypatch.setattr(ours, "_backward_plan", Backward)
     monkeypatch.setattr(backends, "_backend", lambda *args: backends._cudnn)
     torch.use_deterministic_algorithms(False)
+    forget_plans(monkeypatch)
     ours._why_no_plan.cache_clear()
     StandIn.calls = 0
     yield
     ours._why_no_plan.cache_clear()
+    ours._sizes_of.cache_clear()
 
 
 def check(q, k, v, cu, upstream, tolerance):
@@ -101,7 +109,7 @@ def check(q, k, v, cu, upstream, tolerance):
         torch.testing.assert_close(x.grad, right.grad, atol=4 * tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [64], [7] * 17], ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS, [64], [7] * 33, [3] * 64], ids=str)
 def test_rows_are_told_by_offsets(stood_in, lengths):
     check(*make(lengths, N, K, H), 1e-5)
     assert StandIn.calls == 1
@@ -182,10 +190,60 @@ def test_sums_in_a_fixed_order_are_not_cudnns(stood_in):
     assert ours.why_not_here(q, k, 5, 128, 0.1)
 
 
-def test_few_lengths_share_a_plan():
+def test_a_plan_serves_all_that_fits_into_it(monkeypatch):
+    forget_plans(monkeypatch)
     q, k, _, _, _ = make([100], N, K, H)
-    assert ours._sizes(q, k, 3, 70, 0.1) == ours._sizes(q, k, 11, 900, 0.1)
-    assert ours._sizes(q, k, 3, 70, 0.1) != ours._sizes(q, k, 3, 1025, 0.1)
+
+    def plan(examples, longest):
+        found = ours._sizes(q, k, examples, longest, 0.1)
+        return found.examples, found.longest
+
+    assert plan(3, 70) == plan(64, 1024) == (64, 1024)
+    assert plan(65, 70) == (128, 1024)
+    assert plan(2, 1025) == (128, 2048)  # as large as all before
+    assert plan(5, 900) == (64, 1024)
+    assert plan(70, 3000) == (128, 4096)
+    q, k, _, _, _ = make([8192], N, K, H)
+    assert plan(3, 70) == (64, 4096)
+    q, k, _, _, _ = make([16384], N, K, H)
+    assert plan(3, 70) == (128, 4096)
+
+
+def test_a_training_makes_few_plans(monkeypatch):
+    """On the bench's own documents, of more steps than it takes."""
+    forget_plans(monkeypatch)
+    rows = workload_rows("W3:timed=60")
+    sizes = []
+    for lengths in rows:
+        q = torch.empty(sum(lengths), 32, 64, device="meta", dtype=torch.bfloat16)
+        sizes.append(ours._sizes(q, q[:, :8], len(lengths), max(lengths), 0.125))
+        assert sizes[-1].examples >= len(lengths)
+        assert sizes[-1].longest >= max(lengths)
+    assert len(set(sizes)) == 1
+
+
+def workload_rows(text):
+    w = workload(text, False)
+    packed = pack(documents(int(1.3 * w.steps * w.rows * w.seq), w.seq, 1000), w.seq)
+    lengths = [[len(ids) for ids, _ in row] for row in packed]
+    starts = range(0, w.steps * w.rows, w.rows)
+    return [[n for row in lengths[i : i + w.rows] for n in row] for i in starts]
+
+
+def test_places_are_made_once_for_all_layers(stood_in, monkeypatch):
+    made = []
+    places = ours._places
+    monkeypatch.setattr(ours, "_places", lambda *args: made.append(1) or places(*args))
+    q, k, v, cu, _ = make(LENGTHS, N, K, H)
+    for _ in range(3):
+        backends.packed_attention(q, k, v, cu, max(LENGTHS), scale=0.1)
+    assert len(made) == 1
+    other = cu.clone()
+    backends.packed_attention(q, k, v, other, max(LENGTHS), scale=0.1)
+    assert len(made) == 2
+    other += 0  # written to: made again
+    backends.packed_attention(q, k, v, other, max(LENGTHS), scale=0.1)
+    assert len(made) == 3
 
 
 def test_a_package_that_does_not_load_is_a_reason(monkeypatch):

@@ -7,7 +7,10 @@ from torch.library import opcheck
 from regrow.kernels import (
     dropout,  # noqa: F401  (importing registers)
     float8,  # noqa: F401
+    gated_lora,  # noqa: F401
     linear_cross_entropy,  # noqa: F401
+    nf4,  # noqa: F401
+    rank_gradients,  # noqa: F401
     rms_norm,  # noqa: F401
     rope,  # noqa: F401
     swiglu,
@@ -50,6 +53,31 @@ def test_dropout_and_float8():
     x = halves()[1]
     checked("seeded_dropout", x, 0.3, 5)
     checked("quantize_rows", x)
+
+
+def test_both_gradients_of_a_rank():
+    dy, h = halves(torch.bfloat16)
+    checked("rank_gradients", dy, h[:, :3], torch.randn(8, 3).bfloat16(), 2.0, h.clone()[:, :3])
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")
+def test_gated_activation_with_adapters():
+    (gate, up), kind = halves(torch.float16), torch.float16
+    h, b, a = (torch.randn(*shape).to(kind) for shape in ((5, 6), (8, 3), (3, 8)))
+    given = gate, up, h[:, :3], b, 2.0, h[:, 3:], b, 1.0, a
+    checked("gated_lora_forward", *given, "silu")
+    checked("gated_lora_backward", torch.randn(5, 8).to(kind), *given, h[:, 1:4], "silu")
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")
+def test_weights_in_4_bits():
+    packed = torch.randint(0, 256, (64, 1), dtype=torch.uint8)
+    code, bytes_ = torch.randn(16), torch.randint(0, 256, (2,), dtype=torch.uint8)
+    for scales in (
+        (torch.rand(2), None, None, None),
+        (bytes_, torch.randn(256), *torch.rand(2, 1)),
+    ):
+        checked("dequantize_4bit", packed, code, *scales, 64, 256, 16, 8, torch.bfloat16)
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")

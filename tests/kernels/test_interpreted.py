@@ -15,11 +15,15 @@ from regrow.kernels import (
     cross_entropy_rows,
     dropout,
     linear_cross_entropy,
+    nf4,
+    rank_gradients,
     rms_norm,
     rope,
     swiglu,
 )
 from tests.kernels import test_adamw as test_adamw_module
+from tests.kernels import test_nf4 as test_nf4_module
+from tests.kernels import test_rank_gradients as test_rank_gradients_module
 
 INSIDE = backend.INTERPRETING
 inside = pytest.mark.skipif(not INSIDE, reason="runs in the interpreter's process")
@@ -44,7 +48,8 @@ def dtype(request) -> torch.dtype:
 def test_kernels_equal_their_references_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-         str(Path(__file__).with_name("test_custom_ops.py"))],
+         *(str(Path(__file__).with_name(name)) for name in ("test_custom_ops.py",
+                                                            "test_gated_lora.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
@@ -68,6 +73,15 @@ def test_norm_of_a_sum(check_gradients, random):
         lambda x, r, w: rms_norm.add_rms_norm(x, r, w, 1e-5, offset=1.0),
         lambda x, r, w: rms_norm.reference(x, w, 1e-5, r, 1.0),
         [random(ROWS, 77), random(ROWS, 77), random(77)],
+    )
+
+
+@inside
+def test_norm_beside_what_goes_on(check_gradients, random):
+    check_gradients(
+        lambda x, w: rms_norm.rms_norm_beside(x, w, 1e-5),
+        lambda x, w: (rms_norm.reference(x, w, 1e-5)[0], x * 1),
+        [random(ROWS, 77), random(77)],
     )
 
 
@@ -115,6 +129,25 @@ def test_dropout():
     once = dropout.seeded_dropout(x, 0.3, 7)
     assert torch.equal(once, dropout.seeded_dropout(x, 0.3, 7))
     assert abs((once == 0).float().mean() - 0.3) < 0.05
+
+
+@inside
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", test_nf4_module.SHAPES, ids=str)
+def test_weights_in_4_bits(shape, nested):
+    packed, code, scales = test_nf4_module.random_weight(shape, nested, "cpu")
+    found = nf4.dequantize(packed, code, scales, shape, torch.float32)
+    assert torch.equal(found, nf4.reference(packed, code, scales, shape, torch.float32))
+
+
+@inside
+@pytest.mark.parametrize("shape", test_rank_gradients_module.SHAPES, ids=str)
+def test_both_gradients_of_a_rank(agree, monkeypatch, shape):
+    monkeypatch.setattr(rank_gradients, "_TILES", ((64, 32, 4, 3),))
+    rank_gradients._division.cache_clear()
+    # The interpreter takes the bits of bfloat16 for whole numbers in a product.
+    inputs = test_rank_gradients_module.matrices(*shape, "cpu", torch.float16)
+    test_rank_gradients_module.equals_the_formula(agree, *inputs)
 
 
 # ---- offsets that 31 bits do not hold: 400,000 tokens of a width of 14336 are 5.7e9 elements ----

@@ -56,6 +56,32 @@ def test_equals_the_formula(check_gradients, random, projections, sizes, trained
     )
 
 
+@pytest.mark.parametrize("apart", ["turned", "columns"])
+def test_tensors_may_have_gaps(check_gradients, random, apart):
+    """Turned matrices, and columns of wider ones, as a fused or a sharded layer hands them over."""
+
+    def gapped(rows, columns, **options):
+        if apart == "turned":
+            return random(columns, rows, **options).t()
+        return random(rows, columns + 3, **options)[:, 1 : columns + 1]
+
+    sizes = [(13, 3), (5, 2)]
+    tensors = [gapped(9, INPUTS)]
+    for outputs, rank in sizes:
+        tensors += [gapped(outputs, INPUTS, requires_grad=False)]
+        tensors += [gapped(rank, INPUTS, kind=torch.float32)]
+        tensors += [gapped(outputs, rank, kind=torch.float32)]
+
+    def group(parts):
+        return [Projection(*parts[i : i + 3], 1.5) for i in (0, 3)]
+
+    check_gradients(
+        lambda x, *t: [y.t() for y in lora_linear(x, *group(t))],  # so dy is turned as well
+        lambda x, *t: [op.reference(x, p).t() for p in group(t)],
+        tensors,
+    )
+
+
 def test_input_without_gradient_still_trains_the_adapter(agree, random, projections, dtype):
     (projection,) = projections([(13, 3, False)])
     x = random(9, INPUTS, requires_grad=False)
@@ -110,10 +136,10 @@ def test_dropout_uses_one_mask_in_both_directions(agree, random, projections, dt
         a, bs = op.cast_adapters(group, dtype)
         ys, h = project(x, group, a, bs, drop)
         upstream = [torch.randn_like(y) for y in ys]
-        dh = op.rank_gradient(upstream, group, bs)
+        dh, dbs = op.rank_gradients(upstream, h, group, bs)
         dx = op.input_gradient(upstream, dh, a, group, drop)
         wanted = [True, True, True, False] * 2
-        grads = op.parameter_gradients(upstream, x, h, dh, group, drop, wanted)
+        grads = op.parameter_gradients(upstream, x, dbs, dh, group, drop, wanted)
     exact = x.detach().double().requires_grad_()
     params = [t.detach().double().requires_grad_() for q in group for t in (q.weight, q.a, q.b)]
     expected = [

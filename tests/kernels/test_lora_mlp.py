@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
 from regrow.kernels.lora_mlp import _slice_rows, lora_mlp, reference
@@ -48,6 +49,27 @@ def test_equals_the_formula(check_gradients, random, ranks, trained, bias, activ
         lambda x, *t: lora_mlp(x, *rebuild(group, t), activation=activation),
         lambda x, *t: reference(x, *rebuild(group, t), activation=activation),
         [random(2, 7, HIDDEN), *(t for t in tensors_of(group) if t is not None)],
+    )
+
+
+def test_tensors_may_have_gaps(check_gradients, random):
+    """Columns of wider matrices, and a gradient that is turned."""
+
+    def gapped(rows, columns, **options):
+        return 0.3 * random(rows, columns + 3, **options)[:, 1 : columns + 1]
+
+    tensors = [gapped(7, HIDDEN)]
+    for outputs, inputs in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)):
+        tensors += [gapped(outputs, inputs, requires_grad=False)]
+        tensors += [gapped(size, n, kind=torch.float32) for size, n in ((3, inputs), (outputs, 3))]
+
+    def group(parts):
+        return [Projection(*parts[i : i + 3], 1.5) for i in (0, 3, 6)]
+
+    check_gradients(
+        lambda x, *t: lora_mlp(x, *group(t)).t(),
+        lambda x, *t: reference(x, *group(t)).t(),
+        tensors,
     )
 
 
@@ -153,3 +175,28 @@ def test_slices_are_even_and_small_enough():
     assert rows % 128 == 0
     assert rows * 14336 * 2 * 2 < 1.01 * (1 << 30)
     assert 400_000 / rows == pytest.approx(-(-400_000 // rows), abs=0.2)
+
+
+@pytest.mark.parametrize(("tokens", "made_again"), [(7, (1, 0)), (300, (0, 0))])
+def test_a_checkpoint_makes_no_product_again_that_nothing_needs(random, tokens, made_again):
+    """Of gate, which is needed, and of down; in slices of neither."""
+    group = mlp(random, (3, 3, 3), False)
+    made = [0, 0]
+
+    def counted(at, number):
+        def weight():
+            made[number] += 1
+            return group[at].weight
+
+        return replace(group[at], weight=weight)
+
+    counting = counted(0, 0), group[1], counted(2, 1)
+    x = random(tokens, HIDDEN)
+    out = checkpoint(lora_mlp, x, *counting, slice_bytes=4096, use_reentrant=False)
+    assert made == [1, 1]
+    out.sum().backward()
+    assert tuple(made) == (2 + made_again[0], 2 + made_again[1])
+    found = x.grad.clone()
+    x.grad = None
+    lora_mlp(x, *group, slice_bytes=4096).sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=0, atol=0)

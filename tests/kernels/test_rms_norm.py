@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.kernels.rms_norm import add_rms_norm, reference, rms_norm
+from regrow.kernels.rms_norm import add_rms_norm, reference, rms_norm, rms_norm_beside
 
 EPS = 1e-5
 # Tiny (of one element the gradient is zero); odd; one more than a power of two; more rows than
@@ -28,6 +28,27 @@ def test_norm_of_a_sum_equals_the_formula(check_gradients, random, shape):
         lambda x, r, w: reference(x, w, EPS, r, 1.0),
         [random(*shape), random(*shape), random(shape[-1])],
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_beside_what_goes_on_equals_the_formula(check_gradients, random, shape):
+    check_gradients(
+        lambda x, w: rms_norm_beside(x, w, EPS),
+        lambda x, w: (reference(x, w, EPS)[0], x * 1),
+        [random(*shape), random(shape[-1])],
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_the_two_may_be_unused(random, used):
+    x, weight = random(4, 9), random(9)
+    upstream = torch.randn_like(x)
+    rms_norm_beside(x, weight, EPS)[used].backward(upstream)
+    right = upstream
+    if not used:
+        leaf = x.detach().clone().requires_grad_()
+        right = torch.autograd.grad(reference(leaf, weight, EPS)[0], leaf, upstream)[0]
+    torch.testing.assert_close(x.grad, right, atol=2e-5, rtol=1e-4)
 
 
 def test_frozen_weight_gets_no_gradient(random):

@@ -15,7 +15,7 @@ from regrow.infra.settings import child_environment
 from regrow.tasks.train.job import CheckpointPlace
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec
-from tests.services.forked_ranks import Forker, Group
+from tests.forked_ranks import Forker, Group
 from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
     file_bytes,
     make_job,
@@ -70,7 +70,8 @@ def steps_of(log) -> list[int]:
 
 @pytest.fixture(scope="module")
 def forker():
-    made = Forker(child_environment({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}))
+    env = child_environment({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    made = Forker(env, ["s3fs"])
     yield made
     made.close()
 

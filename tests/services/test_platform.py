@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -15,17 +16,29 @@ from tests.services.whole_platform import PATIENCE, Platform, Worker, eventually
 
 pytestmark = pytest.mark.services
 
+QUICKSTART = Path(__file__).parents[2] / "configs" / "recipes" / "quickstart.yaml"
 STEPS = 120
 """Long enough to be killed after a checkpoint, and not much longer."""
+SMALLER = {
+    "max_steps": STEPS,
+    "num_epochs": "null",
+    "save_steps": 20,
+    "saves_per_epoch": "null",
+    "eval_steps": STEPS,
+    "evals_per_epoch": "null",
+    "logging_steps": 20,
+    "eval_table_size": 4,
+}
 
 
 @pytest.fixture
-def deployed(place: Place, platform: Platform, s3_bucket: Bucket) -> Place:
-    """The tiny recipe, deployed to a store in an S3 bucket."""
+def deployed(place: Place, tiny_llama_dir: Path, platform: Platform, s3_bucket: Bucket) -> Place:
+    """The quickstart with a tiny model, deployed to a store in an S3 bucket."""
     env = place.env | platform.env | s3_bucket.env
-    here = Place(place.root, place.recipe, env)
-    here.write_recipe(max_steps=STEPS, save_steps=20, eval_steps=STEPS, logging_steps=20)
-    done = here.regrow("deploy", str(here.recipe), "--pool", "resume")
+    here = Place(place.root, QUICKSTART, env)
+    changes = SMALLER | {"base_model": tiny_llama_dir, "output_dir": place.root / "outputs"}
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    done = here.regrow("deploy", str(QUICKSTART), "--pool", "resume", *words)
     assert done.returncode == 0, done.stdout
     return here
 
@@ -35,7 +48,7 @@ def test_run_whose_worker_is_killed_resumes_on_another(
 ):
     env = deployed.env
     with Worker(tmp_path / "first", env, "resume") as first:
-        run_id = platform.start_run("tiny")
+        run_id = platform.start_run("quickstart")
         first.await_line("is safe")
         kill_all([first.process, *first.flows()])
         eventually(lambda: not first.survivors(), lambda: f"alive: {first.survivors()}", PATIENCE)

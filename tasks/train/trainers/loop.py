@@ -25,6 +25,8 @@ from regrow.tasks.modeling.rounded_weights import keep_rounded
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.cpu_sharding import shard_on_cpu
 from regrow.tasks.train.evidence import DIVERGED, StepLosses, evidence_name, keep_evidence
+from regrow.tasks.train.gathering import gather_early
+from regrow.tasks.train.groups import for_groups
 from regrow.tasks.train.loader import (
     ROW_LENGTHS,
     SUPERVISED,
@@ -85,18 +87,17 @@ class StepLoop(_Base):
         The loss of every micro-batch is divided by that number, on every rank; so the gradient is
         the mean over tokens whatever the split.
         """
-        num_items: Tensor | int | None
+        if self._batches.start < self.state.global_step < self.state.max_steps:
+            gather_early(cast(Any, self.model))
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        # The Trainer would copy the number to the device, and wait for all work before it.
+        num_items = torch.full((), sum(batch[SUPERVISED] for batch in batches), device=device)
         if self.args.world_size > 1:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        else:  # the Trainer would copy the number to the device, and wait for all work before it
-            batches = list(itertools.islice(epoch_iterator, num_batches))
-            items = sum(batch[SUPERVISED] for batch in batches)
-            num_items = torch.full((), items, device=device)
+            torch.distributed.all_reduce(num_items)
         if not batches:  # resumed after the last step
             return batches, num_items
         self._losses.append(StepLosses(self.state.global_step))
         self._expire()
-        assert isinstance(num_items, Tensor), "this model's loss cannot be normalised by tokens"
         for batch in batches:
             self._meter.add(batch.pop(TOKENS), batch.pop(SUPERVISED))
         # Copied now and without waiting; the Trainer would wait for the GPU at every tensor.
@@ -181,9 +182,10 @@ class StepLoop(_Base):
 
     def restore(self, saved: Stored) -> None:
         """Put back what `capture` gave."""
-        self.engine.restore(saved)
+        matched = self.engine.restore(saved)
         scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(saved.values["scheduler"])
+        before, groups = saved.values["scheduler"], len(saved.values["groups"])
+        scheduler.load_state_dict(for_groups(before, matched, groups))
         self.state.best_metric, self.state.best_global_step = saved.values["best"]
         for callback in self._stateful():
             for name, value in saved.values["callbacks"].get(type(callback).__name__, {}).items():

@@ -6,13 +6,16 @@ Mixed in before `StepLoop`. It overrides public methods of `Trainer` only.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from regrow.tasks.modeling.offload import OffloadSaved
+from regrow.tasks.train.gathering import gather_early
 from regrow.tasks.train.learning_rate import make_scheduler
 from regrow.tasks.train.losses import loss_function
 from regrow.tasks.train.optimizers import (
@@ -22,9 +25,12 @@ from regrow.tasks.train.optimizers import (
     own_optimizer,
     projectors_onto_device,
 )
+from regrow.tasks.train.shard_adamw import ShardAdamW
 from regrow.tasks.train.shard_steps import stepping_shards
 from regrow.tasks.train.spec import TrainSpec
 from regrow.tasks.train.trainers.fused_adamw import NAMES, FusedAdamW
+
+logger = logging.getLogger(__name__)
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -76,7 +82,11 @@ class Optimization(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, unless parameters have rates of their own or ours computes the same."""
         if self.optimizer is None and self._steps_in_one_pass():
-            self.optimizer_cls_and_kwargs = FusedAdamW, self._one_pass_settings()
+            kind = self._one_pass()
+            assert kind is not None
+            self.optimizer_cls_and_kwargs = kind, self._one_pass_settings()
+            part = " of this process's part of each weight" if kind is ShardAdamW else ""
+            logger.info("AdamW clips and steps in one pass%s", part)
         if self.optimizer is None and divides_parameters(self._spec):
             model: Any = args[0] if args and args[0] is not None else self.model
             decayed = set(self.get_decay_parameter_names(model))
@@ -89,22 +99,53 @@ class Optimization(_Base):
         return optimizer
 
     def _steps_in_one_pass(self) -> bool:
-        """Whether `FusedAdamW` stands in for PyTorch's."""
-        spec, args = self._spec, self.args
-        alone = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        """Whether ours stands in for PyTorch's."""
+        spec = self._spec
         trained = [p.dtype for p in cast(Any, self.model).parameters() if p.requires_grad]
         plain = spec.adapter is None and spec.optimizer in NAMES and not spec.optimizer_args
-        return self._has_kernels and alone and plain and set(trained) == {torch.float32}
+        known = self._one_pass() is not None and set(trained) == {torch.float32}
+        return self._has_kernels and plain and known
+
+    def _one_pass(self) -> type[FusedAdamW] | None:
+        """The class of ours for how this training is laid out."""
+        if self.is_deepspeed_enabled:
+            return None
+        if self.is_fsdp_enabled:
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)  # steps on the CPU
+            return None if offloads or self.args.world_size == 1 else ShardAdamW
+        return FusedAdamW if self.args.world_size == 1 else None
 
     def _one_pass_settings(self) -> dict[str, Any]:
         spec, loop = self._spec, cast(Any, self)
-        return {
+        more = {"after": self._gather_ahead} if self._one_pass() is ShardAdamW else {}
+        return more | {
             "lr": spec.learning_rate,
             "betas": (float(spec.adam_beta1), float(spec.adam_beta2)),
             "eps": spec.adam_epsilon,
             "max_grad_norm": spec.max_grad_norm,
             "rounded": loop.rounded,
         }
+
+    def _gather_ahead(self, moved: torch.Tensor) -> None:
+        """The embedding is sent for the next step while all other weights move.
+
+        Not one that is the head, too: others, which have not moved yet, may be sent with it.
+        """
+        model: Any = self.model
+        first, last = model.get_input_embeddings(), model.get_output_embeddings()
+        goes_on = self.state.global_step + 1 < self.state.max_steps
+        alone = moved is first.weight and (last is None or moved is not last.weight)
+        if goes_on and alone:
+            gather_early(model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does; of a step's last micro-batch, the gradients go to the optimizer."""
+        loss = super().training_step(*args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, ShardAdamW) and self.accelerator.sync_gradients:
+            optimizer.take()
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the norm of the gradients that the optimizer clips itself."""

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import math
+import traceback
 import weakref
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from regrow.infra.device_files import Devices
-from regrow.infra.devices import Gpu
+from regrow.infra.devices import Gpu, local_gpus
 from regrow.tasks.evaluate import run as module
 from regrow.tasks.evaluate.run import _device, run
 from regrow.tasks.evaluate.spec import EvaluatePlacement
@@ -173,3 +175,59 @@ def test_a_model_that_failed_is_gone_from_the_gpu_when_the_next_run_has_it(
     with pytest.raises(StageError, match="rows_per_batch"):
         run(make_job(tmp_path, {"prepare": prepared}))
     assert alive == [None]
+
+
+GPU_OF_ITS_OWN = Devices((Gpu("H100", 80 * 2**30, "uuid", 0, "GPU-uuid"),))
+
+
+def test_with_a_gpu_the_same_is_measured_in_a_process_that_ends(
+    prepared, tiny_llama_dir, trained_dir, tmp_path
+):
+    """With it ends CUDA's context, which would stay on a GPU that is another run's by then."""
+    placement = EvaluatePlacement(base_model=str(tiny_llama_dir), device="cpu")
+    base = make_job(tmp_path, {"prepare": prepared}, placement=placement, model_digest="d" * 64)
+    before = run(base)
+    inputs = {"prepare": prepared, "model": trained_dir, "baseline": base.out}
+    here, there = (make_job(tmp_path, inputs, {"baseline": before}) for _ in range(2))
+    assert run(replace(there, devices=GPU_OF_ITS_OWN)) == run(here)
+    assert there.report.logged == here.report.logged
+    assert [each[:2] for each in there.report.progressed]
+    names = {path.name for path in here.out.iterdir()}
+    assert {path.name for path in there.out.iterdir()} == names
+    assert all((there.out / name).read_bytes() == (here.out / name).read_bytes() for name in names)
+    assert psutil.Process().children() == []
+
+
+def test_an_evaluation_that_fails_in_its_own_process_says_why(prepared, tmp_path):
+    job = make_job(tmp_path, {"prepare": prepared, "model": tmp_path / "none"})
+    with pytest.raises(StageError, match="none") as here:
+        run(job)
+    with pytest.raises(StageError) as there:
+        run(replace(job, devices=GPU_OF_ITS_OWN))
+    assert str(there.value) == str(here.value)
+    assert "in on_device" in "".join(traceback.format_exception(there.value))
+
+
+@pytest.mark.extended
+def test_an_evaluation_that_is_killed_is_told(prepared, trained_dir, tmp_path):
+    job = make_job(tmp_path, {"prepare": prepared, "model": trained_dir})
+
+    class Killing:
+        def log(self, _message: str) -> None:
+            for child in psutil.Process().children():
+                child.kill()
+
+        progress = log
+
+    with pytest.raises(StageError, match=r"ended without a word \(SIGKILL\)"):
+        run(replace(job, devices=GPU_OF_ITS_OWN, report=Killing()))
+
+
+@pytest.mark.gpu
+def test_the_process_of_the_run_has_no_context_on_the_gpu(prepared, trained_dir, tmp_path):
+    placement = EvaluatePlacement(device="cuda")
+    job = make_job(tmp_path, {"prepare": prepared, "model": trained_dir}, placement=placement)
+    before = torch.cuda.is_initialized()
+    result = run(replace(job, devices=Devices(tuple(local_gpus()[:1]))))
+    assert result["scores"]["loss"] < 0.1
+    assert torch.cuda.is_initialized() == before

@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.kernels import linear_cross_entropy
+from regrow.kernels import gated_lora, linear_cross_entropy
+from regrow.tasks.forecast import activations
 from regrow.tasks.forecast.activations import CPU, FUSED_FAMILIES, KERNELS
-from regrow.tasks.forecast.memory import GIB, LOSS_BUDGET, Division, Setting, memory
+from regrow.tasks.forecast.memory import (
+    GIB,
+    LOSS_BUDGET,
+    SCARCE_LOSS_BUDGET,
+    Division,
+    Setting,
+    memory,
+)
 from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.forecast.trainable import all_weights, with_adapter
 from regrow.tasks.modeling import families, kernels
@@ -175,5 +183,7 @@ def test_kernels_that_cannot_be_used_are_named():
 def test_kernels_are_those_that_training_puts_in():
     assert set(kernels.KERNELS) == set(KERNELS)
     assert linear_cross_entropy.LOGITS_BYTES == LOSS_BUDGET
+    assert linear_cross_entropy.SCARCE_LOGITS_BYTES == SCARCE_LOSS_BUDGET
+    assert gated_lora.LARGEST_RANK == activations.LARGEST_RANK
     names = {family.name for family in families.FAMILIES}
     assert {name.removesuffix("_text") for name in FUSED_FAMILIES} == names

@@ -359,8 +359,70 @@ def test_every_reason_is_told_with_its_modules():
 
 
 def test_what_runs_inside_of_attention_is_told():
-    assert swap_kernels(tiny("qwen3"), KERNELS).parts == {"rope": 2, "qk_norm": 2}
-    assert swap_kernels(tiny("llama"), KERNELS).parts == {"rope": 2}
+    assert swap_kernels(tiny("qwen3"), KERNELS).parts == {"rope": 2, "qk_norm": 2, "sums": 2}
+    assert swap_kernels(tiny("llama"), KERNELS).parts == {"rope": 2, "sums": 2}
+    assert swap_kernels(tiny("gemma2"), KERNELS).parts == {"rope": 2}
+
+
+def test_a_layer_with_sums_is_known_as_the_layer_it_was():
+    """By name and by class; its hooks, settings and hidden states are what they were."""
+    model = tiny("qwen3")
+    seen: list[int] = []
+    model.model.layers[1].register_forward_hook(lambda *args: seen.append(1))
+    right = model(**packed_batch(), output_hidden_states=True).hidden_states
+    before = [type(layer) for layer in model.model.layers]
+    names = [vars(layer).keys() for layer in model.model.layers]
+    done = swap_kernels(model, ["rms_norm"])
+    assert done.parts == {"sums": 2}
+    for layer, its, held in zip(model.model.layers, before, names, strict=True):
+        assert isinstance(layer, its)
+        assert type(layer) is not its
+        assert type(layer).__name__ == its.__name__
+        assert vars(layer).keys() == held
+    found = model(**packed_batch(), output_hidden_states=True).hidden_states
+    assert len(seen) == 2
+    for mine, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_with_another_forward_pass_keeps_it():
+    model = tiny("llama")
+    layer = model.model.layers[0]
+    vars(layer)["forward"] = layer.forward  # as Accelerate's hooks do
+    assert swap_kernels(model, ["rms_norm"]).parts == {"sums": 1}
+
+
+@pytest.mark.parametrize(
+    ("weights", "stream", "autocast"),
+    [
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+    ],
+    ids=str,
+)
+def test_types_in_a_layer_are_those_of_transformers(weights, stream, autocast):
+    """What the sums and norms give, for each type of weights and residual stream."""
+    model = tiny("llama", weights)
+    swapped = copy.deepcopy(model)
+    swap_kernels(swapped, ["rms_norm"])
+    x = torch.randn(1, 5, model.config.hidden_size, dtype=stream, requires_grad=True)
+    angles = model.model.rotary_emb(x, torch.arange(5)[None])
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    row = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+    row |= {"position_embeddings": angles, "attention_mask": None}
+    found = []
+    for one in (model, swapped):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = one.model.layers[0](x, **row)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
+        found.append((out, gradient))
+    (right, due), (out, gradient) = found
+    assert out.dtype == right.dtype
+    torch.testing.assert_close(out, right, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(gradient, due, atol=2e-1, rtol=5e-2)
 
 
 def test_layers_in_pieces_keep_all_but_their_norms():

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from regrow.kernels.linear_cross_entropy import LOGITS_BYTES, SCARCE_LOGITS_BYTES
 from regrow.tasks.forecast import setting
 from regrow.tasks.modeling import offload
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
@@ -118,3 +119,14 @@ def test_the_result_of_every_attention_is_kept(operation, kept):
 
 def test_policies_are_those_of_the_forecast():
     assert POLICIES == setting.POLICIES
+
+
+def test_fewer_logits_are_made_where_inputs_leave_the_device():
+    sizes = {}
+    for policy in ("full", "offload"):
+        model = tiny("llama")
+        head = swap_kernels(model, ["cross_entropy"]).head
+        assert head is not None
+        recompute_layers(model, policy, use_reentrant=False)
+        sizes[policy] = head.logits_bytes
+    assert sizes == {"full": LOGITS_BYTES, "offload": SCARCE_LOGITS_BYTES}

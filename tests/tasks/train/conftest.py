@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from regrow.tasks.train.job import CheckpointPlace, WorkerJob
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec, TrainPlacement, TrainSpec
+from tests.tasks.train.tiny_models import VOCABULARY, write_llama
 
-VOCABULARY = 97
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -83,21 +82,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     """A random Llama, 2 layers of 32, in float32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
-    out = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(out)
-    return out
+    return write_llama(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")

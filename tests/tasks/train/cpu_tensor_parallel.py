@@ -4,17 +4,22 @@ Accelerate's check of the kind of device is the one thing between Transformers' 
 and the CPU: what computes, trains and saves is the same. Our own refusal goes with it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from accelerate.parallelism_config import ParallelismConfig
 
 from regrow.tasks.train import parallel
-from regrow.tasks.train.worker import main
+from tests.tasks.train import weighing_worker
 
 
 def _takes_all(self: ParallelismConfig, accelerator: object) -> None:
     """In the place of a check."""
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """The worker's entry."""
     ParallelismConfig._validate_accelerator = _takes_all
     parallel._accelerate_takes_it = lambda device: True
-    main()
+    weighing_worker.main(argv)

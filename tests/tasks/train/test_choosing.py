@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from regrow.infra.artifacts import ArtifactStore
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
+from tests.tasks.train.killed import KillAt, Killed
 
 # So fast that the validation loss soon gets worse.
 FAST = {
@@ -23,19 +23,6 @@ FAST = {
     "validation": Cadence(steps=1),
     "keep_best": True,
 }
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def best_of(result):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from regrow.tasks.modeling.expert_balance import Routers, balance_losses
@@ -18,11 +17,10 @@ from regrow.tasks.train.adapter_spec import AdapterSpec
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.metrics import read_metrics
 from regrow.tasks.train.schedule import Cadence
-from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.worker import train
-from tests.tasks.train.ranks import run_ranks
-
-from .conftest import VOCABULARY
+from tests.tasks.train.killed import KillAt, Killed
+from tests.tasks.train.ranks import WAYS, run_ranks
+from tests.tasks.train.tiny_models import tiny_mixtral
 
 BALANCED = {"router_aux_loss": True, "router_aux_loss_coef": 0.5}
 
@@ -30,22 +28,8 @@ BALANCED = {"router_aux_loss": True, "router_aux_loss_coef": 0.5}
 @pytest.fixture(scope="session")
 def mixtral_dir(tmp_path_factory) -> Path:
     """A random Mixtral of 2 layers and 4 experts, two for each token."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=None,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
     out = tmp_path_factory.mktemp("tiny-mixtral")
-    model = MixtralForCausalLM(config)
+    model = tiny_mixtral()
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
             parameter.data += 0.05
@@ -148,23 +132,14 @@ def test_without_it_nothing_is_reported_and_validation_stays_plain(moe_job):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-FSDP = {"version": 2, "reshard_after_forward": True, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sharding",
-    [
-        pytest.param(Sharding(), id="ddp", marks=pytest.mark.extended),
-        pytest.param(Sharding(fsdp=FSDP), id="fsdp2"),
-    ],
-)
-def test_two_ranks_balance_as_one(moe_job, sharding):
+@pytest.mark.parametrize("way", [pytest.param("ddp", marks=pytest.mark.extended), "fsdp2"])
+def test_two_ranks_balance_as_one(moe_job, way):
     """The mean over the rows of the global batch, whichever rank computes them."""
     place = {"micro_batch_size": 1, "logging_steps": 1}
     alone = moe_job("alone", BALANCED, place)
     train(alone)
-    both = moe_job("both", BALANCED, place | {"sharding": sharding})
+    both = moe_job("both", BALANCED, place | {"sharding": WAYS[way]})
     run_ranks(both, 2)
     for name in ("loss", "router_aux_loss", "grad_norm"):
         ours, theirs = ([r[name] for r in steps(job)] for job in (both, alone))
@@ -177,25 +152,12 @@ def steps(job) -> list[dict]:
     return [record for record in read_metrics(job.metrics_path) if "loss" in record]
 
 
-class KilledError(Exception):
-    """Stands for a process that ends."""
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KilledError
-
-
 def test_a_resumed_training_is_the_undisturbed_one(moe_job):
     whole = moe_job("whole", BALANCED)
     train(whole)
     job = moe_job("short", BALANCED, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(KilledError):
-        train(job, [KillAfter(3)])
+    with pytest.raises(Killed):
+        train(job, [KillAt(3)])
     train(job)
     ours, theirs = weights(job), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -90,6 +90,7 @@ def rooms_of_ranks() -> tuple[float, str]:
     free = (60 - 36 * rank) * GIB
     torch.cuda.mem_get_info = lambda device: (free, 80 * GIB)
     torch.cuda.memory_reserved = lambda device: 0
+    torch.cuda.get_per_process_memory_fraction = lambda device: 1.0
     args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     room = fitting.smallest_room(args)
     return room.device / GIB, fitting.decide("auto", wish(), "", room).policy
@@ -97,6 +98,15 @@ def rooms_of_ranks() -> tuple[float, str]:
 
 def test_the_rank_with_the_least_memory_decides_for_all(tmp_path):
     assert on_ranks(rooms_of_ranks, 2, tmp_path) == [(24, "selective")] * 2
+
+
+def test_a_share_of_the_gpu_is_all_the_room_there_is(monkeypatch):
+    given = {"mem_get_info": (70 * GIB, 80 * GIB), "memory_reserved": 5 * GIB}
+    given["get_per_process_memory_fraction"] = 0.25
+    for name, value in given.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    room = fitting.smallest_room(SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    assert room.device == 20 * GIB
 
 
 def fit_of_rank() -> str:
@@ -120,6 +130,13 @@ def test_offloading_gives_way_where_examples_are_side_by_side(caplog):
     job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing="offload"))
     assert fitting.fit(job, model, Swapped(), Split(2, 1, 1), args).policy == "full"
     assert "offload is for packed rows" in caplog.text
+
+
+def test_cached_files_leave_room_on_the_host(tmp_path):
+    table = tmp_path / "meminfo"
+    assert fitting._available(table) > 0
+    table.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n")
+    assert fitting._available(table) == 4000 * 1024
 
 
 def test_a_container_s_limit_counts(tmp_path):

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from regrow.tasks.modeling import attention
 from regrow.tasks.modeling.batches import flatten
 from regrow.tasks.train.worker import train
+from tests.tasks.train.killed import KillAt, Killed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,21 +96,11 @@ def test_training_follows_the_cpu(make_job, dtype):
 
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_does(make_job, capsys):
-    class Killed(BaseException):
-        pass
-
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 7:
-                raise Killed
-
     spec, placement = {"dtype": "bfloat16"}, {"device": "cuda"}
     whole = make_job("whole", spec, placement)
     train(whole)
     with pytest.raises(Killed):
-        train(make_job("killed", spec, placement, "checkpoints/a"), [Kill()])
+        train(make_job("killed", spec, placement, "checkpoints/a"), [KillAt(7)])
     resumed = make_job("resumed", spec, placement, "checkpoints/a")
     train(resumed)
     name = "adapter_model.safetensors"

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from regrow.tasks.modeling.kernels import KERNELS
 from regrow.tasks.stage import canonical
-from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.spec import TrainPlacement
 from regrow.tasks.train.worker import train
-from tests.tasks.train.ranks import losses, run_ranks
-
-KINDS = {"lora": {}, "full": {"adapter": None, "learning_rate": 1e-3}}
-FSDP = Sharding(
-    fsdp={
-        "version": 2,
-        "reshard_after_forward": True,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    }
+from tests.tasks.train.killed import KillAt, Killed
+from tests.tasks.train.ranks import (
+    WAYS,
+    largest_difference,
+    losses,
+    needs_deepspeed,
+    run_ranks,
+    zero,
 )
 
-
-def tensors(job):
-    (path,) = job.out.glob("*.safetensors")
-    return load_file(path)
-
-
-def largest_difference(job, other) -> float:
-    ours, theirs = tensors(job), tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == theirs[name].dtype for name in ours)
-    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+KINDS = {"lora": {}, "full": {"adapter": None, "learning_rate": 1e-3}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,18 +88,10 @@ def test_what_is_computed_again_changes_nothing(make_job, policy):
 def test_a_run_goes_on_with_other_kernels_and_ends_where_it_would(make_job):
     """Names and shapes of a checkpoint are those of the model without kernels."""
 
-    class Killed(BaseException):
-        pass
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 7:
-                raise Killed
-
     whole = make_job("whole")
     train(whole)
     with pytest.raises(Killed):
-        train(make_job("killed", placement={"kernels": KERNELS}, key="checkpoints/a"), [Kill()])
+        train(make_job("killed", placement={"kernels": KERNELS}, key="checkpoints/a"), [KillAt(7)])
     resumed = make_job("resumed", placement={"kernels": "off"}, key="checkpoints/a")
     train(resumed)
     assert largest_difference(resumed, whole) < 2e-3
@@ -130,17 +108,17 @@ def test_a_job_keeps_the_kernels_through_json(make_job, tmp_path):
 @pytest.mark.parametrize(
     ("way", "kind"),
     [
-        pytest.param(FSDP, "lora", id="fsdp2-lora"),
-        pytest.param(FSDP, "full", id="fsdp2-full", marks=pytest.mark.extended),
-        pytest.param(Sharding(), "lora", id="ddp-lora", marks=pytest.mark.extended),
-        pytest.param(Sharding(), "full", id="ddp-full", marks=pytest.mark.extended),
+        pytest.param("fsdp2", "lora", id="fsdp2-lora"),
+        pytest.param("fsdp2", "full", id="fsdp2-full", marks=pytest.mark.extended),
+        pytest.param("ddp", "lora", id="ddp-lora", marks=pytest.mark.extended),
+        pytest.param("ddp", "full", id="ddp-full", marks=pytest.mark.extended),
     ],
 )
 def test_two_ranks_with_kernels_follow_one_without(make_job, way, kind):
     spec = {"max_steps": 8} | KINDS[kind]
     alone = make_job("alone", spec)
     train(alone)
-    placement = {"micro_batch_size": 1, "sharding": way, "kernels": KERNELS}
+    placement = {"micro_batch_size": 1, "sharding": WAYS[way], "kernels": KERNELS}
     ours = make_job("ours", spec, placement)
     run_ranks(ours, 2)
     assert losses(ours.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
@@ -149,17 +127,14 @@ def test_two_ranks_with_kernels_follow_one_without(make_job, way, kind):
     assert set(kernels["swapped"]) == set(KERNELS) - {"experts"}
 
 
-ZERO3 = Path(__file__).parents[3] / "configs" / "deepspeed" / "zero3.json"
-
-
+@needs_deepspeed
 @pytest.mark.extended
 def test_zero_3_keeps_all_but_the_norms(make_job):
-    pytest.importorskip("deepspeed")
     spec = {"max_steps": 4}
     alone = make_job("alone", spec)
     train(alone)
-    sharding = Sharding(deepspeed=json.loads(ZERO3.read_text()))
-    ours = make_job("ours", spec, {"micro_batch_size": 1, "sharding": sharding, "kernels": KERNELS})
+    placement = {"micro_batch_size": 1, "sharding": zero(3), "kernels": KERNELS}
+    ours = make_job("ours", spec, placement)
     run_ranks(ours, 2)
     assert losses(ours.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
     kernels = json.loads(ours.result_path.read_text())["timing"]["kernels"]

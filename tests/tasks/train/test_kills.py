@@ -39,7 +39,7 @@ class Killer:
         self._wait = self._random.randint(1, 5)
         rank, delay = self._random.randrange(2), self._random.uniform(0, 0.1)
         how = self._random.choice([signal.SIGKILL, signal.SIGTERM])
-        pid = rank_pids(self).get(rank)
+        pid = rank_pids(self.work).get(rank)
         if pid is not None:
             threading.Timer(delay, _kill, (pid, how)).start()
 

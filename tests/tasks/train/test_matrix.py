@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from regrow.tasks.train.adapter_spec import AdapterSpec
 
 _PATH = Path(__file__).parents[2] / "bench" / "train_matrix.py"
 _spec = importlib.util.spec_from_file_location("train_matrix", _PATH)
@@ -80,6 +83,7 @@ def test_what_needs_a_package_works_on_a_gpu(gpu_bench, name):
 
 
 def test_every_word_of_the_vocabulary_is_in_the_matrix():
+    from regrow.configs.rules.adapter import FIRST_VALUES
     from regrow.configs.sections.training import TrainingSection
 
     def words(key):
@@ -90,3 +94,21 @@ def test_every_word_of_the_vocabulary_is_in_the_matrix():
     names = {case.name for case in CASES.values()}
     assert words("optimizer") <= names
     assert words("lr_scheduler") <= names
+    assert {"true", "false", "pissa_niter_4", *FIRST_VALUES} <= names
+
+
+def test_every_setting_of_an_adapter_is_in_the_matrix():
+    cases = [case.spec.get("adapter", train_matrix.LORA) for case in CASES.values()]
+    adapters = [adapter for adapter in cases if adapter]
+    least = AdapterSpec(r=4, alpha=8)
+    for name in (field.name for field in dataclasses.fields(AdapterSpec)):
+        assert any(getattr(a, name) != getattr(least, name) for a in adapters), name
+
+
+def test_the_table_in_the_repository_has_a_row_for_every_case():
+    table = (_PATH.parent / "train-matrix-cpu.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    found = {f"{row[0].removeprefix('| ')}: {row[1]}": row[3] for row in rows}
+    assert found.keys() == CASES.keys()
+    cuda = {name for name, case in CASES.items() if case.cuda}
+    assert {name for name, status in found.items() if status != "works"} == cuda

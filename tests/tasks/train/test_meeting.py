@@ -120,6 +120,26 @@ def test_machines_meet_at_another_port_where_a_stranger_has_theirs(monkeypatch):
     assert f"another process has {place[1]}: meeting at" in said[0]
 
 
+def test_who_waits_while_strangers_have_all_ports_is_told_which(monkeypatch):
+    for name, value in {"_MORE_PORTS": 0, "_JOIN_SECONDS": 0.1, "_TELL_EVERY": 0.1}.items():
+        monkeypatch.setattr(meeting_module, name, value)
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            raise StopIteration  # else it waits for ever
+
+    with socket.create_server(("127.0.0.1", 0)) as stranger:  # takes connections, and is silent
+        port = stranger.getsockname()[1]
+        with pytest.raises(StopIteration):
+            Meeting.join(Nodes(2, 1, "127.0.0.1", port), say)
+    waiting = f"waiting for machine 0 at 127.0.0.1:{port}"
+    assert said[0] == waiting
+    assert said[1].startswith(f"{waiting} (other processes have {port}, ")
+    assert "another MASTER_PORT" in said[1]
+
+
 def test_a_machine_of_another_job_is_not_met():
     place = ("127.0.0.1", free_port())
     first = Meeting.host(Nodes(2, 0, *place, job="1"))

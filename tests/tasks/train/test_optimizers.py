@@ -14,8 +14,10 @@ from regrow.configs.optimizers import PACKAGES
 from regrow.tasks.modeling import quantization
 from regrow.tasks.stage import StageError
 from regrow.tasks.train import optimizers
+from regrow.tasks.train.files import SavedState, write_state
 from regrow.tasks.train.optimizers import MuonAdamW, build_divided, transformers_arguments
 from regrow.tasks.train.spec import LearningRateGroup, TrainSpec
+from regrow.tasks.train.state import TorchEngine
 from regrow.tasks.train.worker import train
 
 
@@ -191,3 +193,67 @@ def test_averages_of_a_schedule_free_optimizer_leave_no_trace():
     with averaged_weights(optimizer):
         assert not torch.equal(before["layer.weight"], model.layer.weight)
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+
+
+PAGED = ["PagedAdamW8bit", "PagedAdamW32bit", "PagedAdEMAMix", "PagedLion8bit"]
+
+
+def paged(name, model, on_gpu):
+    """bitsandbytes' optimizer; without a GPU, one that calls plain memory paged."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    cls = getattr(bitsandbytes.optim, name)
+
+    class Paged(cls):
+        def get_state_buffer(self, p, dtype=torch.float32):
+            made = torch.zeros(p.shape, dtype=dtype)
+            made.is_paged = p.numel() >= 1e5
+            return made
+
+        def _get_state_double_buffer(self, p, dtype=torch.float32):
+            return self.get_state_buffer(p.expand(2, *p.shape), dtype)
+
+        def prefetch_state(self, p):
+            pass
+
+    return (cls if on_gpu else Paged)(model.parameters(), lr=1e-2)
+
+
+def steps_of_paged(name, directory, device):
+    """The weights of six steps, of three and three more after a resume, and what was paged."""
+    found, held = [], []
+    for first in (0, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 20)).to(device)
+        optimizer = paged(name, model, device == "cuda")
+        engine = TorchEngine(model, optimizer)
+        if first:
+            engine.restore(SavedState(directory, None))
+        for step in range(first, 6):
+            random = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=random).to(device)
+            optimizer.step()
+            if step == 2:
+                write_state(engine.capture(), directory, {}, 0, None)
+        found.append([p.detach().cpu() for p in model.parameters()])
+        held.append(
+            {
+                (number, field): (getattr(value, "is_paged", False), value.device.type)
+                for number, parameter in enumerate(model.parameters())
+                for field, value in optimizer.state[parameter].items()
+                if isinstance(value, torch.Tensor)
+            }
+        )
+    return found, held
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_states_come_back_paged(name, device, tmp_path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    (straight, resumed), (before, after) = steps_of_paged(name, tmp_path / "saved", device)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, straight, strict=True))
+    assert after == before
+    assert after[0, "state1"][0]
+    assert not after[2, "state1"][0]  # a small one is not

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.settings import child_environment
@@ -19,19 +18,7 @@ from regrow.tasks.train import run as stage
 from regrow.tasks.train.attempts import explained, memory_advice
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may handle it."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
+from tests.tasks.train.killed import KillAt, Killed
 
 
 class Notes:

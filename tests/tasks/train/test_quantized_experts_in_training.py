@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from regrow.tasks.merge import run as merge
 from regrow.tasks.merge.spec import MergePlacement, MergeSpec
@@ -16,10 +15,11 @@ from regrow.tasks.modeling.quantization import Quantization
 from regrow.tasks.stage import Stage, StageJob
 from regrow.tasks.train.adapter_spec import AdapterSpec
 from regrow.tasks.train.schedule import Cadence
+from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.worker import train
-
-from .conftest import VOCABULARY
-from .ranks import losses, run_ranks
+from tests.tasks.train.killed import KillAt, Killed
+from tests.tasks.train.ranks import losses, run_ranks
+from tests.tasks.train.tiny_models import tiny_mixtral
 
 pytest.importorskip("bitsandbytes")
 
@@ -46,22 +46,8 @@ FSDP = {
 
 @pytest.fixture(scope="session")
 def mixtral_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=None,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
     out = tmp_path_factory.mktemp("tiny-mixtral")
-    MixtralForCausalLM(config).save_pretrained(out)
+    tiny_mixtral(hidden_size=64, intermediate_size=64).save_pretrained(out)
     return out
 
 
@@ -73,16 +59,6 @@ def moe_job(make_job, mixtral_dir):
         return dataclasses.replace(job, base_model=mixtral_dir)
 
     return make
-
-
-class KilledError(Exception):
-    """Stands for a process that ends."""
-
-
-class KillAfterThree(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KilledError
 
 
 class Silent:
@@ -99,8 +75,8 @@ def test_it_resumes_and_is_merged_into_the_plain_experts(moe_job, mixtral_dir, t
     result = train(whole)
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result["history"] if "loss" in r)
     job = moe_job("killed", kind, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(KilledError):
-        train(job, [KillAfterThree()])
+    with pytest.raises(Killed):
+        train(job, [KillAt(3)])
     train(job)
     ours, theirs = (load_file(j.out / "adapter_model.safetensors") for j in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -131,8 +107,6 @@ def test_it_resumes_and_is_merged_into_the_plain_experts(moe_job, mixtral_dir, t
     ids=["nf4-ddp", "nf4-fsdp2", "int8-fsdp2"],
 )
 def test_two_processes_train_as_one(moe_job, kind, sharding):
-    from regrow.tasks.train.sharding import Sharding
-
     one = moe_job("one", kind)
     train(one)
     two = moe_job("two", kind, {"sharding": Sharding(**sharding)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from regrow.tasks.train.block_states import SHARDS, of_this_shard
 from regrow.tasks.train.files import SavedState, write_state
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.shard_steps import ShardSteps, stepping_shards
-from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.state import TorchEngine
 from regrow.tasks.train.worker import train
 from tests.gloo_ranks import on_ranks
-from tests.tasks.train.ranks import losses, run_and_kill, run_ranks
+from tests.tasks.train.ranks import WAYS, losses, resumed_after, run_and_kill, run_ranks
+from tests.tasks.train.tiny_models import write_llama
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -183,37 +182,12 @@ def test_other_optimizers_are_left_as_they_are():
 
 # ---- whole trainings ----
 
-FSDP = {"version": 2, "reshard_after_forward": True, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-DEEPSPEED = Path(__file__).parents[3] / "configs" / "deepspeed"
-
-
-def zero(stage: int) -> Sharding:
-    return Sharding(deepspeed=json.loads((DEEPSPEED / f"zero{stage}.json").read_text()))
-
-
-WAYS = {"ddp": Sharding(), "fsdp2": Sharding(fsdp=FSDP), "zero2": zero(2), "zero3": zero(3)}
-
 
 @pytest.fixture(scope="session")
 def wide_model_dir(tmp_path_factory):
     """A random Llama whose matrices are large enough for states in 8 bits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
-    out = tmp_path_factory.mktemp("wide-model")
-    LlamaForCausalLM(config).save_pretrained(out)
-    return out
+    sizes = {"hidden_size": 72, "intermediate_size": 100, "tie_word_embeddings": False}
+    return write_llama(tmp_path_factory.mktemp("wide-model"), **sizes)
 
 
 @pytest.fixture
@@ -248,7 +222,7 @@ def test_a_training_on_two_ranks_follows_one_and_loses_nothing_when_killed(job_o
     killed = job_of("killed", way, "checkpoints/killed")
     run_and_kill(killed, 2, step=8, rank=1)
     resumed = job_of("resumed", way, "checkpoints/killed")
-    assert any("resuming after step" in line for line in run_ranks(resumed, 2))
+    assert resumed_after(run_ranks(resumed, 2)) == 6
     assert losses(resumed.metrics_path) == losses(calm.metrics_path)
     assert file_bytes(resumed.out) == file_bytes(calm.out)
     if "zero" in way:  # one process cannot cut these states into those of its parameters

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
-from regrow.tasks.modeling.float8 import multiply_in_float8
+from regrow.tasks.modeling.float8 import freeze_in_float8, multiply_in_float8
+from regrow.tasks.modeling.fused import fused_linear
 from regrow.tasks.modeling.load import load_model, random_model
+from regrow.tasks.modeling.projections import why_not
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
+from tests.tasks.train.killed import KillAt, Killed
 
 WHOLE = {"adapter": None, "learning_rate": 1e-3, "max_steps": 4}
 
 
-class KilledError(Exception):
-    """Stands for a process that ends."""
-
-
-class KillAfterThree(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KilledError
+def test_an_adapter_learns_through_a_base_in_float8(make_job):
+    """Nearly the same: the frozen layers are rounded, the adapter is not."""
+    found = []
+    for fp8 in (False, True):
+        job = make_job(
+            f"fp8-{fp8}", {"fp8": fp8, "max_steps": 2}, {"kernels": ("attention", "mlp")}
+        )
+        train(job)
+        found.append(load_file(job.out / "adapter_model.safetensors"))
+    plain, rounded = found
+    assert plain.keys() == rounded.keys()
+    apart = max((plain[name] - rounded[name]).abs().max() for name in plain)
+    assert 0 < apart < 0.1 * max(value.abs().max() for value in plain.values())
 
 
 @pytest.mark.parametrize("key", ["reinit_weights", "fp8"])
@@ -33,8 +42,8 @@ def test_it_trains_and_resumes_exactly(make_job, key):
     whole = make_job("whole", WHOLE | {key: True})
     train(whole)
     job = make_job("killed", WHOLE | {key: True}, {"saving": Cadence(steps=2)}, key="k")
-    with pytest.raises(KilledError):
-        train(job, [KillAfterThree()])
+    with pytest.raises(Killed):
+        train(job, [KillAt(3)])
     train(job)
     ours, theirs = (load_file(j.out / "model.safetensors") for j in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -73,7 +82,25 @@ def test_products_are_rounded_and_weights_are_not(model_dir):
     assert layers[1].weight.grad is not None
 
 
-def test_a_model_of_odd_sizes_says_so():
-    pytest.importorskip("torchao")
-    with pytest.raises(StageError, match="fp8: the model has no linear layers"):
-        multiply_in_float8(torch.nn.Sequential(torch.nn.Linear(3, 5)), "cpu")
+def test_frozen_layers_under_an_adapter_multiply_in_8_bits(model_dir):
+    models = [load_model(model_dir, dtype="float32") for _ in range(2)]
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    plain, small = (get_peft_model(model, config) for model in models)
+    assert freeze_in_float8(small, "cpu") == 4  # two in each of two layers
+    assert plain.state_dict().keys() == small.state_dict().keys()
+    layers = [m.base_model.model.model.layers[0].self_attn.q_proj for m in (plain, small)]
+    x = torch.randn(16, 32)
+    exact, rounded = (layer(x) for layer in layers)  # PEFT's own forward
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 0.005 < error < 0.08
+    assert why_not(layers[1]) == ""
+    (fused,) = fused_linear(x, layers[1])
+    torch.testing.assert_close(fused, rounded)
+
+
+def test_a_model_without_layers_for_float8_says_so():
+    for swap in (freeze_in_float8, multiply_in_float8):
+        if swap is multiply_in_float8:
+            pytest.importorskip("torchao")
+        with pytest.raises(StageError, match="fp8: the model has no linear layers"):
+            swap(torch.nn.Sequential(torch.nn.Linear(3, 5)), "cpu")

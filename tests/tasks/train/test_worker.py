@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from regrow.infra.artifacts import ArtifactStore
 from regrow.tasks.stage import StageError
@@ -21,26 +21,12 @@ from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.trainers.loop import StepLoop
 from regrow.tasks.train.worker import train
+from tests.tasks.train.killed import KillAt, Killed
 
 # Dropout makes a resume fail that does not restore the random state.
 DROPOUT = {"adapter": AdapterSpec(r=4, alpha=8, dropout=0.2, target_linear=True)}
 WHOLE = {"adapter": None, "learning_rate": 1e-3}
 NOISE = {"neftune_noise_alpha": 5.0}
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may handle it."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the process's work right after an optimizer step, before it is reported or saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def tensors(job):

@@ -1,15 +1,18 @@
 """Starts ranks of the train worker by forking a process that has their libraries already.
 
 A start of torchrun and its ranks is 10 to 20 seconds of imports; here it is a moment, so that a
-test can kill a hundred of them. They are processes of their own, as torchrun's are, with the same
-variables. As a script this file is the process that forks: a JSON line on its input starts a rank
-({"env", "job", "log"}) or waits for one ({"wait": pid}); the answer is a line with the process id,
-or with what `os.waitpid` gave.
+test can start a dozen of them, or kill a hundred. They are processes of their own, as torchrun's
+are, with the same variables. As a script this file is the process that forks: its first argument
+names the modules to have, a JSON line on its input starts a rank ({"env", "entry", "job", "log"})
+or waits for one ({"wait": pid}); the answer is a line with the process id, or with what
+`os.waitpid` gave.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -17,32 +20,38 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+WORKER = "regrow.tasks.train.worker"
+LIBRARIES = (WORKER, "transformers.models.llama.modeling_llama")
 
 
 class Forker:
     """The process that forks; it dies with this one."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
+    def __init__(self, env: Mapping[str, str], also: Sequence[str] = ()) -> None:
+        """`also`: modules that ranks will need beside the worker's own, where they are there."""
+        self._process: Any = subprocess.Popen(
+            [sys.executable, __file__, json.dumps([*LIBRARIES, *also])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=env,
+            env=dict(env),
         )
 
-    def start(self, env: dict[str, str], job: Path, log: Path) -> int:
-        """Fork a rank; its process id."""
-        return self._ask({"env": env, "job": str(job), "log": str(log)})
+    def start(self, env: dict[str, str], job: Path, log: Path, module: str = WORKER) -> int:
+        """Fork a rank that calls a module's `main`; its process id."""
+        return self._ask({"env": env, "entry": module, "job": str(job), "log": str(log)})
 
     def wait(self, pid: int) -> int:
         """Wait for the end of a rank; its exit status as `os.waitpid` gives it."""
         return self._ask({"wait": pid})
 
-    def _ask(self, question: dict) -> int:
+    def _ask(self, question: dict[str, Any]) -> int:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -56,14 +65,22 @@ class Forker:
 class Group:
     """The ranks of one attempt, ended as torchrun does: all, once one has failed."""
 
-    def __init__(self, forker: Forker, ranks: int, env: dict[str, str], job: Path, log: Path):
+    def __init__(
+        self,
+        forker: Forker,
+        ranks: int,
+        env: dict[str, str],
+        job: Path,
+        log: Path,
+        module: str = WORKER,
+    ) -> None:
         self._forker, port = forker, _free_port()
-        self.pids = []
+        self.pids: list[int] = []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
             place |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             rank_env = env | {name: str(value) for name, value in place.items()}
-            self.pids.append(forker.start(rank_env, job, log))
+            self.pids.append(forker.start(rank_env, job, log, module))
 
     def ended(self) -> list[int]:
         """Process ids of the ranks that have ended."""
@@ -89,7 +106,7 @@ class Group:
             left = [pid for pid in self.pids if pid not in statuses]
         return [statuses[pid] for pid in self.pids]
 
-    def ended_unread(self, known: dict[int, int]) -> list[int]:
+    def ended_unread(self, known: Mapping[int, int]) -> list[int]:
         """Those of the ended whose status nobody has asked for."""
         unread = [pid for pid in self.pids if pid not in known]
         return [pid for pid in unread if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
@@ -101,9 +118,8 @@ def _free_port() -> int:
     return free_port()
 
 
-def _be_a_rank(question: dict) -> None:
+def _be_a_rank(question: dict[str, Any]) -> None:
     from regrow.infra.launch import die_with_parent
-    from regrow.tasks.train.worker import main
 
     die_with_parent(signal.SIGKILL)
     os.environ.update(question["env"])
@@ -112,7 +128,7 @@ def _be_a_rank(question: dict) -> None:
         os.dup2(log, number)
     code = 1
     try:
-        main([question["job"]])
+        importlib.import_module(question["entry"]).main([question["job"]])
         code = 0
     except SystemExit as wish:
         code = int(wish.code or 0)
@@ -123,14 +139,15 @@ def _be_a_rank(question: dict) -> None:
     os._exit(code)
 
 
-def _serve() -> None:
-    import s3fs  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import regrow.tasks.train.worker  # noqa: F401
+def _serve(modules: Sequence[str]) -> None:
     from regrow.infra.launch import die_with_parent
 
     die_with_parent(signal.SIGKILL)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries say while they are imported is no answer
+    for name in modules:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:
@@ -139,9 +156,8 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 _be_a_rank(question)
-        sys.stdout.write(f"{answer}\n")
-        sys.stdout.flush()
+        os.write(answers, f"{answer}\n".encode())
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(json.loads(sys.argv[1]))

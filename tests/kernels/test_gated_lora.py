@@ -1,0 +1,117 @@
+"""The activation's kernels make the low-rank products beside it as the formula says."""
+
+import pytest
+import torch
+
+from regrow.kernels import gated_lora, swiglu
+from regrow.kernels.backend import INTERPRETING
+from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
+from regrow.kernels.lora_mlp import lora_mlp, reference
+from tests.kernels.conftest import CUDA
+
+# (tokens, width, ranks of gate, up and down): less than a tile; several strips and runs whose ends
+# are not full; ranks that are padded, and one beyond a tile of the cores.
+SHAPES = [(3, 7, (1, 2, 3)), (70, 136, (16, 16, 16)), (130, 72, (3, 20, 5))]
+KINDS = [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["cpu" if INTERPRETING else CUDA])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: str(kind).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def given(tokens, width, ranks, device, dtype):
+    """d, gate, up, the adapters of both, A of down and its dh; rows lie apart where they may."""
+
+    def columns(rows, count, scale=1.0):
+        return scale * torch.randn(rows, count + 3).to(device, dtype)[:, 1 : count + 1]
+
+    of_gate, of_up, of_down = ranks
+    d, gate, up = (columns(tokens, width) for _ in range(3))
+    adapters = columns(tokens, of_gate), columns(width, of_gate, 0.3), 1.5
+    adapters += columns(tokens, of_up), columns(width, of_up, 0.3), 0.5
+    return d, gate, up, adapters, columns(of_down, width, 0.1), columns(tokens, of_down)
+
+
+CASES = [(shape, "silu") for shape in SHAPES] + [
+    (SHAPES[0], kind) for kind in swiglu.ACTIVATIONS[1:]
+]
+
+
+@pytest.mark.parametrize(("shape", "activation"), CASES, ids=str)
+def test_equals_the_formula(agree, device, dtype, shape, activation):
+    d, gate, up, adapters, a, dh = given(*shape, device, dtype)
+    hidden, h = gated_lora.forward(gate, up, *adapters, a, activation)
+    dgate, dup, da = gated_lora.backward(d, gate, up, *adapters, a, dh, activation)
+    assert da.dtype == torch.float32
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (gate, up, *adapters, a)]
+    leaves = [exact[0].requires_grad_(), exact[1].requires_grad_(), exact[-1].requires_grad_()]
+    right = gated_lora.reference(*exact, activation)
+    due = torch.autograd.grad(right, leaves, [d.double(), dh.double()])
+    for found, expected in zip((hidden, h, dgate, dup, da), (*right, *due), strict=True):
+        agree(found, expected, dtype)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="runs programs one after the other")
+def test_is_the_same_every_time(device, dtype):
+    d, gate, up, adapters, a, dh = given(*SHAPES[1], device, dtype)
+    for made in (
+        lambda: gated_lora.forward(gate, up, *adapters, a, "silu"),
+        lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu"),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(made(), made(), strict=True))
+
+
+@pytest.mark.parametrize("in_slices", [False, True], ids=["whole", "slices"])
+def test_the_mlp_takes_it(check_gradients, random, monkeypatch, in_slices):
+    """Slices are of 128 rows."""
+    tokens, hidden, width, calls = 200 if in_slices else 7, 15, 22, []
+    kernel = gated_lora.backward
+    monkeypatch.setattr(gated_lora, "backward", lambda *all: calls.append(1) or kernel(*all))
+    sizes = [(width, hidden), (width, hidden), (hidden, width)]
+    group = []
+    for (outputs, inputs), rank in zip(sizes, (3, 2, 5), strict=True):
+        weight = 0.3 * random(outputs, inputs, requires_grad=False)
+        a, b = (random(*s, kind=torch.float32) for s in ((rank, inputs), (outputs, rank)))
+        group.append(Projection(weight, (0.3 * a).detach(), (0.3 * b).detach(), 2.0))
+
+    def rebuilt(adapters):
+        rest = iter(adapters)
+        full = [next(rest) if i % 4 in (1, 2) else t for i, t in enumerate(tensors_of(group))]
+        return group_of(full, constants_of(group))
+
+    def exact(x, *adapters):
+        wide = [Projection(p.weight.double(), p.a, p.b, 2.0) for p in rebuilt(adapters)]
+        return reference(x, *wide)
+
+    adapters = [t.requires_grad_() for p in group for t in (p.a, p.b)]
+    slice_bytes = {"slice_bytes": 1 << 13} if in_slices else {}
+    check_gradients(
+        lambda x, *t: lora_mlp(x, *rebuilt(t), **slice_bytes),
+        exact,
+        [random(tokens, hidden), *adapters],
+    )
+    assert len(calls) == (2 if in_slices else 1)
+
+
+@pytest.mark.parametrize("why", ["dropout", "bias", "trained", "large"])
+def test_what_it_does_not_know_goes_the_other_way(random, monkeypatch, why):
+    monkeypatch.setattr(gated_lora, "forward", lambda *all: pytest.fail("is not for this"))
+    rank = gated_lora.LARGEST_RANK + 1 if why == "large" else 3
+    group = [
+        Projection(
+            random(outputs, inputs, requires_grad=why == "trained"),
+            random(rank, inputs, kind=torch.float32),
+            random(outputs, rank, kind=torch.float32),
+            bias=random(outputs) if why == "bias" else None,
+        )
+        for outputs, inputs in ((22, 15), (22, 15), (15, 22))
+    ]
+    y = lora_mlp(random(7, 15), *group, dropout=0.5 if why == "dropout" else 0.0)
+    y.float().sum().backward()
+    assert group[2].a.grad is not None

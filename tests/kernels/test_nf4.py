@@ -1,0 +1,80 @@
+"""Weights in 4 bits come back as the formula says, and as bitsandbytes makes them."""
+
+import pytest
+import torch
+
+from regrow.kernels import nf4
+from regrow.kernels.lora_linear import Projection, lora_linear
+
+# A last block that is not full; more than one block of scales; a count that is no multiple of 8,
+# which the kernel leaves to the formula; more than one program.
+SHAPES = [(5, 72), (300, 64), (3, 7), (70, 128)]
+
+
+def random_weight(shape, nested, device):
+    """Random half-bytes, code and scales of a weight."""
+    count = shape[0] * shape[1]
+    packed = torch.randint(0, 256, (-(-count // 2), 1), dtype=torch.uint8)
+    blocks = -(-count // 64)
+    parts = [torch.rand(blocks), 64]
+    if nested:
+        parts[0] = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+        parts += [torch.randn(256), torch.rand(-(-blocks // 256)), torch.tensor(0.7), 256]
+    parts = [part.to(device) if isinstance(part, torch.Tensor) else part for part in parts]
+    return packed.to(device), torch.randn(16).to(device), nf4.Scales(*parts)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_formula(device, dtype, shape, nested):
+    packed, code, scales = random_weight(shape, nested, device)
+    found = nf4.dequantize(packed, code, scales, shape, dtype)
+    values = scales.values_B.cpu()
+    if nested:
+        values = (
+            scales.code2.cpu()[values.long()]
+            * scales.scale2.cpu()[torch.arange(len(values)) // 256]
+            + scales.offset.cpu()
+        )
+    at = torch.arange(shape[0] * shape[1])
+    half = torch.where(at % 2 == 0, packed.cpu()[at // 2, 0] >> 4, packed.cpu()[at // 2, 0] % 16)
+    due = (code.cpu()[half.long()] * values[at // 64]).to(dtype).view(shape)
+    # The GPU may round product and sum of a scale as one.
+    torch.testing.assert_close(found.cpu(), due, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(24, 128), (300, 64)], ids=str)
+def test_equals_bitsandbytes(device, dtype, shape, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(shape).to(device, dtype)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    due = functional.dequantize_4bit(packed, state)
+    found = nf4.dequantize(packed, state.code, nf4.Scales.of(state), shape, dtype)
+    torch.testing.assert_close(found, due, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    if dtype != torch.float32:  # there a scale's last bit shows
+        assert (found == due).float().mean() > 0.99
+
+
+def test_bytes_may_be_stored_as_another_type(device):
+    """As FSDP wants them, which shards by the type of the rest."""
+    packed, code, scales = random_weight((70, 128), True, device)
+    found = nf4.dequantize(
+        packed.view(-1, 2).view(torch.bfloat16), code, scales, (70, 128), torch.float32
+    )
+    due = nf4.dequantize(packed, code, scales, (70, 128), torch.float32)
+    assert torch.equal(found, due)
+
+
+def test_a_projection_multiplies_by_it(check_gradients, random, device, dtype):
+    packed, code, scales = random_weight((64, 24), True, device)
+    dense = nf4.reference(packed, code, scales, (64, 24), dtype)
+
+    def made():
+        return nf4.dequantize(packed, code, scales, (64, 24), dtype)
+
+    check_gradients(
+        lambda x, a, b: lora_linear(x, Projection(made, a, b))[0],
+        lambda x, a, b: x @ dense.to(x.dtype).t() + x @ a.t() @ b.t(),
+        [random(9, 24), random(3, 24), random(64, 3)],
+    )
