@@ -27,15 +27,7 @@ from regrow.infra.settings import child_environment, use_private_prefect
 _HOST = "127.0.0.1"
 _ANSWER_SECONDS = 10  # a server on another continent answers in one
 _READY_SECONDS = 120  # 13 s with the migrations of a fresh database (platform.md B1), if not alone
-# `python -m uvicorn`, but for garbage not being searched for while all is imported (0.5 s less).
-_PROGRAM = """\
-import gc, uvicorn
-gc.disable()
-import prefect.server.api.server
-gc.freeze()
-gc.enable()
-uvicorn.main()
-"""
+_PROGRAM = "from regrow.flows.server_process import main; main()"
 _BACKLOG = 128  # connections that wait while the server comes up: one of each thread that asks
 
 

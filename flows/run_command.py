@@ -77,6 +77,8 @@ def _server(settings: Settings) -> PrivateServer | None:
     try:
         server = PrivateServer(settings.home)
     except OSError as error:
+        if error.filename is None:  # not of a file: no socket, say
+            raise
         raise SettingError(
             f"REGROW_HOME: {settings.home} can hold nothing ({error}); choose another folder"
         ) from error
@@ -116,7 +118,7 @@ def _open_mlflow(loaded: Loaded, workplace: Workplace) -> None:
     """Make or open a database of MLflow's on this machine, while the server makes its own.
 
     One after the other they take two seconds longer in a home's first run, and one in any other
-    (measured on 2 cores). Who uses it first tells what is wrong with it.
+    (measured on 2 cores). What is wrong with it is told when it is used.
     """
     from regrow.infra.tracking import TrackingError
 

@@ -10,7 +10,7 @@ from regrow.configs.recipe import Recipe
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.digests import DigestMemo
 from regrow.infra.settings import Settings
-from regrow.infra.store import Store, StoreError, require_answer
+from regrow.infra.store import Store, StoreError, require_reachable
 from regrow.infra.tracking import Tracker
 from regrow.tasks.build import Builder
 from regrow.tasks.publish.delivery import why_undelivered
@@ -38,7 +38,7 @@ class Workplace:
     @cached_property
     def artifacts(self) -> ArtifactStore:
         """The artifact store."""
-        require_answer(self.store_url)
+        require_reachable(self.store_url)
         store = Store(self.store_url)
         if store.local is not None and store.local.is_file():
             raise StoreError(f"{self.store_url} is a file; a store is a directory or a URL of one")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from regrow.infra.digests import DigestMemo
 from regrow.infra.settings import load_settings
-from regrow.infra.store import Store, StoreError, identity, require_answer
+from regrow.infra.store import Store, StoreError, identity, require_reachable
 
 
 def files_at(url: str) -> list[str]:
     """Names of the files directly below a URL, sorted."""
-    require_answer(url)
+    require_reachable(url)
     try:
         return sorted(name for name in Store(url).sizes("") if name and "/" not in name)
     except FileNotFoundError:

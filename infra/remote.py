@@ -137,17 +137,20 @@ def answered_soon(url: str, work: Callable[[], T]) -> T:
     threading.Thread(target=run, name="first answer", daemon=True).start()
     if not wait([found], _SOON).done:
         raise StoreError(
-            f"{url}: nothing has answered there for {_SOON:g} s; check the network, and "
+            f"{url}: no full answer came from there in {_SOON:g} s; check the network, and "
             "AWS_ENDPOINT_URL where that is set"
         )
     return found.result()
 
 
 def heard(url: str, ask: Callable[[], object]) -> None:
-    """Return when a server says anything at all; raises StoreError, as `answered_soon` does.
+    """Return when a short question, of a request or two, is answered in whatever way.
 
-    Before questions whose answers may rightly take long. What it refuses or cannot do now is told,
-    or tried again, where the real question is asked.
+    Before questions whose answers may rightly take long. What the server refuses or cannot do now
+    is told, or tried again, where the real question is asked.
+
+    Raises:
+        StoreError: as `answered_soon` does, also when the server only is too slow.
     """
 
     def listen() -> None:

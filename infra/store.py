@@ -120,7 +120,7 @@ def _is_local(fs: Any) -> bool:
     return bool({"file", "local"} & set(protocols))
 
 
-def require_answer(url: str) -> None:
+def require_reachable(url: str) -> None:
     """Raises StoreError when nothing answers where a URL points; a refusal is an answer."""
     fs, path = _file_system(url)
     if not _is_local(fs) and not isinstance(fs, _OfThisThread):  # that one has connected
@@ -129,7 +129,7 @@ def require_answer(url: str) -> None:
 
 def expand(pattern: str) -> list[str]:
     """The files that a path, directory, glob or URL names, sorted; empty when there are none."""
-    require_answer(pattern)
+    require_reachable(pattern)
     fs, path = _file_system(pattern)
     protocol, _, rest = pattern.partition("://")
     found = _asked(fs, pattern, lambda: _found(fs, path, protocol))
@@ -486,7 +486,8 @@ class Store:
         """
         probe = f".write-test-{uuid.uuid4().hex}"
         try:
-            # Two tries only: who waits at the start of a run wants to hear of a wrong address.
+            # Soon, and two tries only: who waits at the start of a run wants to hear of a wrong
+            # address, or of a server that takes what is sent and never says that it has it.
             answered_soon(self.url, lambda: self._write(probe, b"", tries=2))
             self.remove(probe)
         except Exception as error:

@@ -32,8 +32,7 @@ _logger = logging.getLogger(__name__)
 
 # MLflow itself would retry an unreachable server for minutes (7 retries, backoff factor 2).
 _ANSWER_SECONDS = 5.0
-# A server that has answered within the last second is not asked again whether it is there.
-_ANSWER_KEEPS_SECONDS = 1.0
+_ANSWER_KEEPS_SECONDS = 1.0  # so long a server that answered is not asked whether it is there
 # SQLite refuses at once, without its busy timeout, where two writers would block each other.
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
@@ -111,23 +110,24 @@ def _open_client(uri: str) -> MlflowClient:
     try:
         return MlflowClient(uri)
     except (SQLAlchemyError, ImportError) as error:
-        raise TrackingError(
-            f"the MLflow database {mask_secrets(uri)} cannot be opened: {_reason(error)}"
-        ) from error
+        raise TrackingError(f"cannot open MLflow {mask_secrets(uri)}: {_reason(error)}") from error
 
 
 def _new_client(uri: str) -> MlflowClient:
     if not uri.startswith("sqlite:///"):
         return _open_client(uri)
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
     # Else a new database greets the user with a line for each of its migrations.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with alone(database.with_name(database.name + ".lock")):
-        if not database.exists():
-            make_whole(database, _open_client)
-        return _open_client(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with alone(database.with_name(database.name + ".lock")):
+            if not database.exists():
+                make_whole(database, _open_client)
+            return _open_client(uri)
+    except OSError as error:
+        raise TrackingError(f"mlflow_tracking_uri {mask_secrets(uri)}: {_reason(error)}") from error
 
 
 @contextmanager

@@ -13,7 +13,8 @@ rows in 2.11.
 cuDNN plans for a number of examples and a longest one, which takes 0.1 s for each direction: half
 a step. So a plan serves every row that fits into it, what is too much being examples without
 tokens, and a new one is as large as all before it in both respects: a training makes a handful,
-nearly all in its first steps. A row that cuDNN has no plan for, or that nobody has tried it on, is
+nearly all in its first steps. Sizes that cuDNN refuses are not asked for again; smaller ones are,
+and get plans of their own. A row that cuDNN has no plan for, or that nobody has tried it on, is
 for the backend after it: ask `why_not_here`.
 
 Shape legend: T tokens, E examples, N query heads, K key heads, H head size.
@@ -34,13 +35,15 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 EXAMPLES, LONGEST = 64, 4096
-"""What the first plan is made for, and one more for each 128 tokens of longer rows; later ones are
+"""What the first plan is made for (rows of fewer tokens: no longest one above theirs), and for an
+example in each 128 tokens, as short as chats are; rounded up to 64 examples and 1024 tokens,
 twice, four times ... that. What a plan has too much costs little: 0.937 ms of W1's attention by a
 plan of 32 examples and 2048 tokens, 0.963 by 64 and 4096, 1.007 by 128 and 8192; of W3's 1.261,
 1.271, 1.332 (H100, 2026-11-22). A new one costs half a step."""
 TOKENS = 1024
 """All tokens of a row are rounded up to a multiple of it."""
 
+_TOKENS_OF_EXAMPLE, _LEAST_LONGEST = 128, 1024  # see `EXAMPLES`
 _SIZES_TRIED = (64, 128)  # of heads
 _MOST_TOKENS = 65536  # of a row; 16,384 have been tried, and offsets are int32
 _LEAST_VERSION = 90600  # of libcudnn: packed rows whose heads share keys (its frontend's checks)
@@ -98,9 +101,8 @@ class _Graph:
         import cudnn  # pyright: ignore[reportMissingImports]
 
         self.cudnn: Any = cudnn
-        kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
         exact = cudnn.data_type.FLOAT
-        self.kind, self.sizes = kinds[sizes.dtype], sizes
+        self.kind, self.sizes = cudnn.data_type.BFLOAT16, sizes  # see `why_not`
         self.graph: Any = cudnn.pygraph(
             io_data_type=self.kind,
             intermediate_data_type=exact,
@@ -212,7 +214,13 @@ def _doubled(least: int, count: int) -> int:
 
 
 _planned: dict[_Sizes, list[_Sizes]] = {}
-"""{kind: the sizes that have plans}."""
+"""{kind: the sizes whose plans cuDNN has made}. Sizes that it refused are not among them: they say
+nothing about other sizes."""
+
+
+def _kind(sizes: _Sizes) -> _Sizes:
+    """What plans must have in common to serve the same rows."""
+    return replace(sizes, examples=0, longest=0)
 
 
 def _sizes(q: Tensor, k: Tensor, examples: int, longest: int, scale: float) -> _Sizes:
@@ -232,18 +240,16 @@ def _sizes_of(
     like: tuple[int, int, int, float],
 ) -> _Sizes:
     kind = _Sizes(device, dtype, 0, 0, _up(tokens, TOKENS), *like)
-    there = _planned.setdefault(kind, [])
+    there = _planned.get(kind, [])
     enough = [s for s in there if s.examples >= examples and s.longest >= longest]
     if enough:
         return min(enough, key=lambda s: s.examples * s.longest)
-    usual = max(examples, tokens // 128), max(longest, min(LONGEST, tokens))
-    made = replace(
+    usual = max(examples, tokens // _TOKENS_OF_EXAMPLE), max(longest, min(LONGEST, tokens))
+    return replace(
         kind,
         examples=max([_doubled(EXAMPLES, usual[0]), *(s.examples for s in there)]),
-        longest=max([_doubled(min(LONGEST, 1024), usual[1]), *(s.longest for s in there)]),
+        longest=max([_doubled(_LEAST_LONGEST, usual[1]), *(s.longest for s in there)]),
     )
-    there.append(made)
-    return made
 
 
 def _places(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor, ...]:
@@ -373,6 +379,7 @@ def _why_no_plan(sizes: _Sizes) -> str:
     except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
         logger.warning("packed attention: cuDNN has no plan for %s: %s", sizes, error)
         return str(error)
+    _planned.setdefault(_kind(sizes), []).append(sizes)
     return ""
 
 

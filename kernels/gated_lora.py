@@ -25,15 +25,13 @@ from regrow.kernels.backend import (
     custom_op,
     jit,
     multiprocessors,
-    next_power_of_2,
     tl,
     uses_triton,
 )
-from regrow.kernels.rank_gradients import sum_parts
-from regrow.kernels.swiglu import activate
+from regrow.kernels.rank_gradients import padded, sum_parts
+from regrow.kernels.swiglu import activate, rows_without_gaps
 
 LARGEST_RANK = 32  # beyond it a tile's factors weigh as much as the tile
-_LEAST_DEPTH = 16  # of a product of the tensor cores
 # Rows, columns, warps and stages of a tile, and programs of one multiprocessor: the best of ten
 # tiles and three counts at 8192 x 14336, r = 16 (H100, 2026-11-22): 0.317 ms where the parts alone
 # take 0.527, and 0.529 ms where they take 0.678.
@@ -230,7 +228,7 @@ def backward(
     run = -(-tiles // parts) * tile_rows
     parts = -(-rows // run)
     da_parts = torch.empty(parts, *a.shape, dtype=torch.float32, device=gate.device)
-    d, dh = _rows(d), _rows(dh)
+    d, dh = rows_without_gaps(d), rows_without_gaps(dh)
     given = _given(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a)
     _backward_kernel[(strips, parts)](
         d, d.stride(0), *given, dh, dh.stride(0), dgate, dup, da_parts, rows, width, run,
@@ -246,16 +244,12 @@ def _given(
     b_up: Tensor, s_up: float, a: Tensor,
 ) -> list[object]:  # fmt: skip
     """What both kernels are given, in their order."""
-    gate, up, h_gate, h_up = (_rows(x) for x in (gate, up, h_gate, h_up))
+    gate, up, h_gate, h_up = (rows_without_gaps(x) for x in (gate, up, h_gate, h_up))
     strides = [x.stride(0) for x in (gate, up, h_gate, h_up)]
     ranks = [b_gate.shape[1], b_up.shape[1]]
     factors = [b_gate.contiguous(), b_up.contiguous(), *ranks, s_gate, s_up]
     return [gate, up, *strides[:2], h_gate, h_up, *strides[2:], *factors, a.contiguous(), len(a)]
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _depth(a: Tensor, *bs: Tensor) -> int:
-    return max(_LEAST_DEPTH, next_power_of_2(max(len(a), *(b.shape[1] for b in bs))))
+    return padded(max(len(a), *(b.shape[1] for b in bs)))

@@ -21,7 +21,9 @@ once in each direction, and its result is dropped after its GEMM, so that the al
 one buffer again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
 
 Sharding (FSDP2, DeepSpeed ZeRO-3): call from inside the forward of the module whose hook gathers
-the parameters. Nothing is kept outside saved tensors; gradient checkpointing may wrap the call.
+the parameters. Gradient checkpointing may wrap the call. Of what is kept, frozen weights that are
+no plain tensors and `rounded` copies are not saved tensors (`constants_of`): hooks on these see
+none of them, and a gathered weight in 4 bits is read where FSDP2 gathers it again.
 Under torch.compile dropout breaks the graph, because its seed is a number of the host.
 
 Shape legend: T tokens, I inputs, O outputs, r rank of one projection, R sum of the ranks.

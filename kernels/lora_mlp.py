@@ -276,7 +276,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, constants, hidden_TF, h_TR, *tensors):
         down = group_of(tensors, constants)
-        _, bs = cast_adapters(down, token.dtype)
+        bs = [None if p.b is None else p.b.to(token.dtype) for p in down]
         (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR)
         return like(y_TH, token)
 

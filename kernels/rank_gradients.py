@@ -30,7 +30,9 @@ from regrow.kernels.backend import (
 )
 from regrow.kernels.matmul import matmul_exact
 
-LARGEST_RANK = 64  # beyond it the two GEMMs do more work for each byte
+# Parts of dh add 8 r / 256 bytes to the 2 of each element of dy, of which the two GEMMs read 4:
+# 2.5 for r = 16, 3 for 32. Only r = 16 has been timed.
+LARGEST_RANK = 32
 _LEAST_COLUMNS = 1 if INTERPRETING else 8192  # fewer are two GEMMs
 # Rows, columns, warps and stages of a tile, the largest first: the fastest of fifteen on an H100,
 # and what fits where a program has less memory.
@@ -106,7 +108,7 @@ def _both_kernel(
 
 
 @jit
-def _sum(parts, out, count, numbers, scale, out_stride, block, RANK: tl.constexpr,
+def _sum(parts, out, count, numbers, scale, out_stride, block, WIDTH: tl.constexpr,
          PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)
@@ -119,14 +121,14 @@ def _sum(parts, out, count, numbers, scale, out_stride, block, RANK: tl.constexp
             other=0.0,
         )
         total += tl.sum(tile, 0)
-    place = at // RANK * out_stride + at % RANK
+    place = at // WIDTH * out_stride + at % WIDTH
     tl.store(out + place, (total * scale).to(out.dtype.element_ty), mask=at < numbers)
 
 
 @jit
-def _sum_kernel(parts, out, count, numbers, out_stride, RANK: tl.constexpr, PARTS: tl.constexpr,
+def _sum_kernel(parts, out, count, numbers, out_stride, WIDTH: tl.constexpr, PARTS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
-    _sum(parts, out, count, numbers, 1.0, out_stride, tl.program_id(0), RANK, PARTS, BLOCK)
+    _sum(parts, out, count, numbers, 1.0, out_stride, tl.program_id(0), WIDTH, PARTS, BLOCK)
 
 
 @jit
@@ -166,7 +168,7 @@ def one_pass(dy_TO: Tensor, h_Tr: Tensor, b_Or: Tensor, scale: float, dh_Tr: Ten
     tile_rows, tile_columns, warps, stages = tile
     _both_kernel[(strips, runs)](
         dy_TO, h_Tr, b_Or, dh_parts, db_parts, rows, columns, run,
-        dy_TO.stride(0), h_Tr.stride(0), b_Or.stride(0), rank, _padded(rank), tile_rows,
+        dy_TO.stride(0), h_Tr.stride(0), b_Or.stride(0), rank, padded(rank), tile_rows,
         tile_columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dh_numbers, db_numbers = rows * rank, columns * rank
@@ -190,14 +192,19 @@ def _division(
     return tile, strips, -(-rows // run), run
 
 
-def _padded(rank: int) -> int:
-    return max(16, next_power_of_2(rank))  # the depth of the cores' products
+def padded(rank: int) -> int:
+    """The depth of the tensor cores' products, which have a least one."""
+    return max(16, next_power_of_2(rank))
 
 
 def _memory(tile: tuple[int, int, int, int], rank: int) -> int:
-    """Bytes of shared memory that a program takes: tiles of dy and h, of B, and of dh."""
+    """Bytes of shared memory that a program takes on Hopper: tiles of dy and h, of B, and of dh.
+
+    Blackwell's data center cards want 32 more; others less than half, and get smaller tiles than
+    they could have (Triton 3.7).
+    """
     rows, columns, _, stages = tile
-    return 2 * (stages * rows * (columns + _padded(rank)) + (columns + 2 * rows) * _padded(rank))
+    return 2 * (stages * rows * (columns + padded(rank)) + (columns + 2 * rows) * padded(rank))
 
 
 @functools.lru_cache(maxsize=16)

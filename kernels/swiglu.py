@@ -99,7 +99,7 @@ def gated_forward(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
     """act(gate) * up; rows may lie apart (two halves of one matrix)."""
     if not uses_triton("gated activation", gate_TF, up_TF):
         return reference(gate_TF, up_TF, activation)
-    gate_TF, up_TF = _rows(gate_TF), _rows(up_TF)
+    gate_TF, up_TF = rows_without_gaps(gate_TF), rows_without_gaps(up_TF)
     rows, width = gate_TF.shape
     out = torch.empty(rows, width, dtype=gate_TF.dtype, device=gate_TF.device)
     grid = (rows, -(-width // _BLOCK))
@@ -127,7 +127,11 @@ def gated_backward(
     """(dgate, dup, out): the gradients, and the forward pass's output again or [0]."""
     if not uses_triton("gated activation", gate_TF, up_TF):
         return _backward_torch(dout_TF, gate_TF, up_TF, activation, wants_out)
-    dout_TF, gate_TF, up_TF = dout_TF.contiguous(), _rows(gate_TF), _rows(up_TF)
+    dout_TF, gate_TF, up_TF = (
+        dout_TF.contiguous(),
+        rows_without_gaps(gate_TF),
+        rows_without_gaps(up_TF),
+    )
     rows, width = gate_TF.shape
     dgate, dup = torch.empty_like(dout_TF), torch.empty_like(dout_TF)
     out = torch.empty_like(dout_TF) if wants_out else dout_TF.new_empty(0)
@@ -140,7 +144,7 @@ def gated_backward(
     return dgate, dup, out
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_without_gaps(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -132,9 +132,19 @@ def float8_bases_are_whole(recipe: Recipe, given: frozenset[str]) -> Iterator[Br
             yield ("fp8",), why, f"Remove it, or `{key}`"
 
 
+@rule("fp8", "adapter", "bf16")
+def float8_bases_give_16_bits(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Products with a scale for each row are given out in bfloat16 by every GPU, in float32 by
+    Hopper alone (pytorch/ao#2431)."""
+    if recipe.fp8 and recipe.uses_adapter and not recipe.bf16:
+        why = "with an adapter the products in 8 bits give bfloat16"
+        yield ("fp8",), why, "Remove it, or `bf16: false`"
+
+
 RULES = (
     float8_bases_have_16_bits,
     float8_bases_are_whole,
+    float8_bases_give_16_bits,
     mistral_common_writes_all_itself,
     random_weights_are_trained_themselves,
     routers_have_gradients,

@@ -235,8 +235,8 @@ class TrainingSection(Section):
     fp8: bool = False
     """Linear layers multiply in 8-bit floats, on GPUs that have them. All weights are trained: by
     torchao, one scale for each tensor. With `adapter: lora`: the frozen layers under it, one scale
-    for each row; their 8 bits take as much memory again. Weights and sums stay as with `bf16`.
-    Default false."""
+    for each row; their 8 bits take as much memory again, and the merge adds the adapter to the
+    weights in 16 bits. Weights and sums stay as with `bf16`. Default false."""
 
     tf32: Literal["auto"] | bool = "auto"
     """Let float32 matrix products use TF32 where the GPU has it; `auto` means true. Default `auto`,

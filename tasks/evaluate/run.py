@@ -10,9 +10,7 @@ measured and why), `comparison` and `samples` (the first generations).
 
 from __future__ import annotations
 
-import gc
 import json
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +44,7 @@ def run(job: StageJob) -> dict[str, Any]:
     Raises:
         StageError: when the model cannot be loaded, or its loss is not a number.
     """
-    if job.devices is None:
+    if job.devices is None and _device(job).type == "cpu":
         return on_device(job)
     inputs = {"prepare": job.part("prepare", *_PREPARED)}
     if "baseline" in job.inputs:
@@ -62,20 +60,7 @@ def on_device(job: StageJob) -> dict[str, Any]:
     if device.type == "cpu":
         return _evaluated(job, device)
     with torch.cuda.device(device):
-        try:
-            return _evaluated(job, device)
-        except BaseException as error:
-            _forget_locals(error)  # the model is one
-            raise
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()  # the GPU is another run's from now on
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        return _evaluated(job, device)
 
 
 def _evaluated(job: StageJob, device: torch.device) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Compute:
     machine: Machine = GPU
     context: int = 1
     """Processes that share each row; keys and values of all of them are gathered."""
+    halves: bool = True
+    """Whether products are of 16 bits; float32 otherwise."""
     tokens: int = 0
     """Of a micro-batch: long ones go through the MLP's kernel in slices."""
 
@@ -262,6 +264,9 @@ def slice_share(layer: Layer) -> float:
 
 def adapts_inside(layer: Layer) -> bool:
     """Whether the MLP's kernel makes its adapters' updates, and so no product again for them."""
+    biases = ("mlp.gate_proj.bias", "mlp.up_proj.bias")
+    if not layer.compute.halves or any(w.name.endswith(biases) for w in layer.weights):
+        return False
     layers = layer.linear("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     small = all(0 < layer.rank(weight) <= LARGEST_RANK for weight in layers)
     return len(layers) == 3 and small and not layer.trainable.dropout

@@ -48,6 +48,9 @@ LOSS_BUDGET = 5 * 2**28
 SCARCE_LOSS_BUDGET = 2**28
 """The same where the layers' inputs are offloaded: `SCARCE_LOGITS_BYTES` there."""
 
+FLOAT8_MULTIPLE = 16
+"""Sizes of layers that `regrow.tasks.modeling.float8` swaps are multiples of it."""
+
 _CHUNK_MULTIPLE = 128
 """Rows of such a chunk are a multiple of it: `_ROW_MULTIPLE` there."""
 _FORWARD_SHARE = 10 / 12
@@ -101,12 +104,19 @@ def _bytes_of(weight: Weight, setting: Setting) -> float:
             return setting.dtype_bytes  # the float32 copy is the optimizer's
         return FULL if trained else setting.dtype_bytes
     if not _is_quantized(weight, setting):
-        is_doubled = setting.float8 and weight.kind == "linear" and weight.module != "lm_head"
-        return setting.dtype_bytes + 2 * is_doubled  # a byte for each direction
+        return setting.dtype_bytes + 2 * _is_in_float8(weight, setting)  # one for each direction
     if setting.bits == 8:
         return 1 + FULL / weight.shape[-1]
     scale = 1 + FULL / _NF4_OUTER if setting.double_quant else FULL
     return 0.5 + scale / _NF4_BLOCK
+
+
+def _is_in_float8(weight: Weight, setting: Setting) -> bool:
+    """Whether `freeze_in_float8` takes the layer: one under the adapter, but not the head."""
+    if not setting.float8 or weight.kind != "linear" or weight.module == "lm_head":
+        return False
+    fits = not any(size % FLOAT8_MULTIPLE for size in weight.shape)
+    return fits and setting.trainable.ranks.get(weight.name, 0) > 0
 
 
 def _is_quantized(weight: Weight, setting: Setting) -> bool:

@@ -115,8 +115,14 @@ class Setting:
         if self.trainable.dora or self.bits == 8:
             kernels -= {"attention", "mlp"}
         kernels -= {"mlp"} if self.shape.family.experts is not None else {"experts"}
-        context = self.division.context
-        return Compute(frozenset(kernels), self.bits, self.machine, context, self.tokens)
+        return Compute(
+            frozenset(kernels),
+            self.bits,
+            self.machine,
+            self.division.context,
+            halves=self.dtype_bytes == HALF,
+            tokens=self.tokens,
+        )
 
     def layers(self) -> Iterator[Layer]:
         """Every layer."""

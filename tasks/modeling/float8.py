@@ -66,22 +66,27 @@ def _check_device(device: str) -> None:
 class Float8Linear(nn.Module):
     """A frozen linear layer that multiplies in 8 bits, both directions; its weight stays.
 
-    The 8-bit weights (as large as the weight in 16 bits, once for each direction) are made when
-    they are first asked for, which is on the device where they stay.
+    The 8-bit weights (one for each direction, together as large as the weight in 16 bits) are made
+    when they are first asked for, and again when the weight has moved or changed since. Of changes
+    behind PyTorch's back (`weight.data += ...`) only PEFT's merges are noticed.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, merged: list[str] | None = None) -> None:
+        """`merged`: PEFT's own list of the adapters that the weight holds now."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self._merged = [] if merged is None else merged
         self._in_8_bits: Float8Weight | None = None
+        self._state: tuple[Any, ...] = ()
 
     def in_8_bits(self) -> Float8Weight:
         """The weight, rounded row by row and column by column."""
-        kept = self._in_8_bits
-        if kept is None or kept.rows_OI.device != self.weight.device:
-            kept = self._in_8_bits = Float8Weight.of(self.weight.detach())
-        return kept
+        weight = self.weight
+        state = weight.device, weight.data_ptr(), weight._version, *self._merged
+        if self._in_8_bits is None or state != self._state:
+            self._in_8_bits, self._state = Float8Weight.of(weight.detach()), state
+        return self._in_8_bits
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
@@ -92,19 +97,21 @@ class Float8Linear(nn.Module):
 
 
 def freeze_in_float8(model: nn.Module, device: str) -> int:
-    """Swap the frozen linear layers under LoRA adapters; how many there are.
+    """Swap the frozen linear layers under LoRA adapters, all but the head; how many there are.
 
     Raises:
         StageError: the device has no 8-bit floats, or there is no such layer.
     """
     _check_device(device)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found: list[tuple[Any, nn.Linear]] = []
     for module in model.modules():
-        base = module.base_layer if isinstance(module, LoraLayer) else None
+        is_inside = isinstance(module, LoraLayer) and module is not head
+        base = module.base_layer if is_inside else None
         if type(base) is nn.Linear and not any(size % _MULTIPLE for size in base.weight.shape):
             found.append((module, base))
     for layer, base in found:
-        layer.base_layer = Float8Linear(base)
+        layer.base_layer = Float8Linear(base, layer.merged_adapters)
     if not found:
         raise StageError("fp8: the model has no linear layers that it is for; set fp8: false")
     return len(found)

@@ -19,7 +19,10 @@ from regrow.kernels.lora_linear import Projection
 from regrow.tasks.modeling.float8 import Float8Linear
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
-_LORA_LAYERS = ("Linear", "Linear4bit")  # of PEFT; Linear8bitLt multiplies in int8 (see `_base`)
+_LORA_LAYERS = (
+    "Linear",
+    "Linear4bit",
+)  # of PEFT; Linear8bitLt multiplies in int8
 
 
 def why_not(layer: nn.Module) -> str:

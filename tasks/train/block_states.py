@@ -95,16 +95,22 @@ def _part(value: Tensor, shape: tuple[int, ...], dim: int, parameter: DTensor) -
 
 
 def empty_like_saved(
-    field: str, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    field: str,
+    parameter: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    on_host: bool = False,
 ) -> Tensor | None:
-    """Where one of these states is read to; None: it is none of these."""
+    """Where one of these states is read to, at the parameter or in the host's memory; None: it is
+    none of these."""
     if field.startswith(("absmax", "qmap")):
         return torch.empty(shape, dtype=dtype)
     if not field.startswith("state") or not isinstance(parameter, DTensor):
         return None
     lead = shape[: len(shape) - parameter.dim()]
     local = parameter.to_local()
-    empty = torch.empty((*lead, *local.shape), dtype=dtype, device=local.device)
+    device = torch.device("cpu") if on_host else local.device
+    empty = torch.empty((*lead, *local.shape), dtype=dtype, device=device)
     return _part(empty, shape, len(lead), parameter)
 
 

@@ -29,18 +29,29 @@ def match_groups(
 
 
 def _match(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -> int:
-    """By a name that both hold, else by the one thing in which groups of one spec differ."""
+    """By a name that both hold, else by the weight decay: where one side has no names, the groups
+    of a spec differ in nothing else, or it is refused."""
     names, decay = set(group[NAMES]), group.get("weight_decay")
     for number, other in enumerate(saved):
         if names & set(other[NAMES]):
             return number
-    for number, other in enumerate(saved):
-        if not (names and other[NAMES]) and other.get("weight_decay") == decay:
-            return number
-    raise StageError(
-        "optimizer: the checkpoint has no such group of parameters as one of this training; begin "
-        "anew"
-    )
+    alike = [
+        number
+        for number, other in enumerate(saved)
+        if not (names and other[NAMES]) and other.get("weight_decay") == decay
+    ]
+    if not alike:
+        raise StageError(
+            "optimizer: the checkpoint has no such group of parameters as one of this training; "
+            "begin anew"
+        )
+    if len({saved[number].get("initial_lr") for number in alike}) > 1:
+        raise StageError(
+            "optimizer: the checkpoint has several groups of parameters with one weight decay and "
+            "other learning rates, and does not say which is which; go on with as many processes "
+            "and the same sharding as before, or begin anew"
+        )
+    return alike[0]
 
 
 def for_groups(schedule: Mapping[str, Any], matched: Sequence[int], saved: int) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Meeting:
     def join(cls, nodes: Nodes, say: Callable[[str], None]) -> Meeting:
         """Another machine's side, once machine 0 is there, however long that takes.
 
-        After a while it says which of the ports other processes have.
+        After a while it says at which of the ports something listens.
         """
         begun, told = time.monotonic(), -math.inf
         tries: dict[int, Future[_TCPStore | None]] = {}
@@ -254,15 +254,18 @@ def _elsewhere(nodes: Nodes) -> _TCPStore:
 
 
 def _in_the_way(nodes: Nodes) -> str:
-    """Which of the ports processes have that are not our machine 0, for people; "" for none."""
+    """At which of the ports something listens, for people; "" for none.
+
+    It may be our machine 0, if that is slow to answer: nobody is told to end it.
+    """
     ports = _ports(nodes)
     taken = [port for port in ports if _listens(nodes.address, port)]
     names = ", ".join(map(str, taken))
     if len(taken) < len(ports):
-        return f" (another process has {names})" if taken else ""
+        return f" (something listens at {names})" if taken else ""
     return (
-        f" (other processes have {names}, and it meets at no other: end them there, or choose "
-        "another MASTER_PORT on all machines)"
+        f" (something listens at {names}, and none has answered as machine 0 of this training yet: "
+        "if it does not come, choose another MASTER_PORT on all machines)"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,8 @@ class BackgroundSaver:
         self._running: Future[str | None] | None = None
         self._failures = 0
         self._saved = 0
+        self.staging = Staging()
+        """Makes the copies that are saved."""
 
     def submit(
         self,
@@ -120,8 +122,9 @@ class BackgroundSaver:
         self.wait()
 
     def close(self) -> None:
-        """Let the save that runs come to its end, whatever it is."""
+        """Let the save that runs come to its end, whatever it is; gives its memory back."""
         self._thread.shutdown(wait=True)
+        self.staging.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _save(
@@ -187,14 +190,17 @@ class SaveCheckpoints(TrainerCallback):
         saver: BackgroundSaver,
         trainer: StepLoop,
         meter: Meter,
+        due: Set[int],
         metrics: Path | None,
         others: Sequence[Path] = (),
     ) -> None:
-        """`metrics` is the metrics file on rank 0, None on the others; `others` are the files that
-        other callbacks write, to be saved where they are there."""
+        """`due`: the steps after which a save may come by plan.
+
+        `metrics` is the metrics file on rank 0, None on the others; `others` are the files that
+        other callbacks write, to be saved where they are there.
+        """
         self._saver, self._trainer, self._meter, self._metrics = saver, trainer, meter, metrics
-        self._others = others
-        self._staging = Staging()
+        self._others, self._last_due = others, max(due, default=0)
         self._prepared = False
 
     def on_step_end(
@@ -206,13 +212,14 @@ class SaveCheckpoints(TrainerCallback):
     ) -> None:
         """After the first step the optimizer's states are there, too: make room for a copy.
 
-        Not where DeepSpeed makes copies of its own, nor on the CPU, whose memory needs no pinning.
+        Not where no save is to come, nor where DeepSpeed makes copies of its own, nor on the CPU,
+        whose memory needs no pinning.
         """
-        if self._prepared:
+        if self._prepared or state.global_step > self._last_due:
             return
         self._prepared = True
         if args.device.type == "cuda" and not self._trainer.is_deepspeed_enabled:
-            self._staging.prepare(self._trainer.capture())
+            self._saver.staging.prepare(self._trainer.capture())
 
     def on_save(
         self,
@@ -229,7 +236,7 @@ class SaveCheckpoints(TrainerCallback):
         begin = time.perf_counter()
         with self._meter.paused():
             self._saver.wait()  # before copying: two copies may not fit the host's memory
-            copies = self._staging.copy(self._trainer.capture())
+            copies = self._saver.staging.copy(self._trainer.capture())
             waited = time.perf_counter() - begin
             self._meter.totals.saving_seconds += waited
             extras = self._extras()

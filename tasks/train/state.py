@@ -7,6 +7,7 @@ it: the frozen rest is made again from the base model, the spec and the seed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import random
@@ -247,10 +248,14 @@ def _check_sharded_alike(value: Tensor, parameter: Tensor, optimizer: Any) -> No
 def _like(
     field: str, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, on_host: bool
 ) -> Tensor:
-    """An empty tensor for a state: sharded as the parameter, where it has the same shape."""
+    """An empty tensor for a state: sharded as the parameter, where it has the same shape.
+
+    Args:
+        on_host: in the host's memory, for a GPU may not hold all of them.
+    """
     if on_host and not isinstance(parameter, DTensor):
         return torch.empty(shape, dtype=dtype)
-    found = empty_like_saved(field, parameter, shape, dtype)
+    found = empty_like_saved(field, parameter, shape, dtype, on_host)
     if found is not None:
         return found
     if tuple(parameter.shape) == shape:
@@ -296,31 +301,44 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._making: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def prepare(self, state: State) -> None:
         """Begin to make the buffers for states like this one, while training goes on.
 
         Pinned ones take a second for each 1.3 GB (2 x H200, 2026-11-22: 8.8 s for 11.5 GB of each
-        rank), for which the first copy would wait.
+        rank), for which the first copy would wait. Call `close` at the end.
         """
-        making = threading.Thread(
-            target=self._make, args=(dict(state.tensors),), daemon=True, name="staging"
-        )
+        # No daemon: an interpreter that ends while torch makes a buffer aborts.
+        making = threading.Thread(target=self._make, args=(dict(state.tensors),), name="staging")
         self._making = making
         making.start()
+
+    def close(self) -> None:
+        """Make no more buffers, and give back the memory of those there are."""
+        self._closed.set()
+        self._await_made()
+        self._buffers = {}
+        if torch.cuda.is_initialized():
+            _empty_host_cache()
+
+    def _await_made(self) -> None:
+        if self._making is not None:
+            self._making.join()
+            self._making = None
 
     def _make(self, tensors: Mapping[str, Tensor]) -> None:
         try:
             for name, tensor in tensors.items():
+                if self._closed.is_set():
+                    return
                 self._buffers[name] = _buffer(tensor)
         except (RuntimeError, MemoryError) as fault:
             logger.warning("no memory yet for a copy of the training's state: %s", fault)
 
     def copy(self, state: State) -> State:
         """The copy; the next call overwrites it."""
-        if self._making is not None:
-            self._making.join()
-            self._making = None
+        self._await_made()
         kept = self._buffers
         self._buffers = {}
         for name, tensor in state.tensors.items():
@@ -337,6 +355,15 @@ class Staging:
 def _buffer(tensor: Tensor) -> Tensor:
     """In the host's memory, for what a tensor holds."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+
+
+def _empty_host_cache() -> None:
+    """Pinned memory that is in use no more goes back to the machine: torch keeps it otherwise."""
+    names = ((torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache"))  # new, 2.11
+    empty = next((getattr(module, name) for module, name in names if hasattr(module, name)), None)
+    if empty is not None:
+        with contextlib.suppress(RuntimeError):  # after a fault of the GPU, which is told elsewhere
+            empty()
 
 
 def _copied(value: Any) -> Any:

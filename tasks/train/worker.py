@@ -279,19 +279,17 @@ def _callbacks(
     """In the order in which they run at one event."""
     place, total, per_epoch = job.placement, course.total_steps, course.order.steps_per_epoch
     evaluation = job.spec.validation or place.evaluation
-    found: list[TrainerCallback] = [
-        FollowSchedule(
-            report=frozenset({1, total, *range(place.logging_steps, total, place.logging_steps)}),
-            evaluate=evaluation.due(total, per_epoch) if validates(job.prepared) else frozenset(),
-            save=place.saving.due(total, per_epoch) if saver else frozenset(),
-        )
-    ]
+    report = frozenset({1, total, *range(place.logging_steps, total, place.logging_steps)})
+    evaluate = evaluation.due(total, per_epoch) if validates(job.prepared) else frozenset()
+    save = place.saving.due(total, per_epoch) if saver else frozenset()
+    found: list[TrainerCallback] = [FollowSchedule(report, evaluate, save)]
     if recorder:
         found.append(recorder.callback)
     if saver:
         metrics = recorder.file.path if recorder else None
         others = [job.work / name for name in (BEST_FILE, ROUNDS_FILE)]
-        found.append(SaveCheckpoints(saver, trainer, meter, metrics, others))
+        due = save | (evaluate if place.save_at_best else frozenset())
+        found.append(SaveCheckpoints(saver, trainer, meter, due, metrics, others))
     if place.loss_watchdog_threshold:
         found.append(LossWatchdog(place.loss_watchdog_threshold, place.loss_watchdog_patience))
     return found

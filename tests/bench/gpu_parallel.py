@@ -527,9 +527,14 @@ def line(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         )
     # Every checkpoint slows the steps after it as the first does, whose steps were all seen; the
     # first alone makes the buffers that all are copied into.
-    shares = [(cost["waited"] + max(costs[0]["slower"], 0)) / 60 for cost in costs]
-    for number, share in enumerate(shares, start=1):
-        text += f"\n    checkpoint {number} costs {share:.2%} of the loop's time, one each minute"
+    for number, cost in enumerate(costs, start=1):
+        parts = [cost["waited"], max(costs[0]["slower"], 0)]
+        parts += [max(cost["early"], 0)] if number == 1 else []
+        named = " + ".join(f"{part:.2f}" for part in parts)
+        text += (
+            f"\n    checkpoint {number}, its wait and what the first slowed: {named} s, "
+            f"{sum(parts) / 60:.2%} of the loop's time, one each minute"
+        )
     return text
 
 

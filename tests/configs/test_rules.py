@@ -616,6 +616,9 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "in 4 or 8",
         )
     ],
+    "float8_bases_give_16_bits": [
+        (LINEAR + "fp8: true\nbf16: false", "fp8", "give bfloat16"),
+    ],
     "float8_bases_are_whole": [
         (LINEAR + f"fp8: true\n{line}", "fp8", "each process holds all")
         for line in (

@@ -139,3 +139,13 @@ def test_failing_stage_ends_the_run_with_its_message_and_keeps_what_was_done(pla
     assert "Traceback" not in done.stdout
     place.write_rows("rows.jsonl", rows(40))
     assert place.regrow("preprocess", str(place.recipe)).returncode == 0
+
+
+@pytest.mark.extended
+def test_a_database_of_mlflow_that_cannot_be_made_is_no_bug(place):
+    done = place.regrow(
+        "run", str(place.recipe), "--mlflow_tracking_uri", "sqlite:////proc/nope/mlflow.db"
+    )
+    assert done.returncode == 1
+    assert "mlflow_tracking_uri" in done.stdout
+    assert "bug" not in done.stdout

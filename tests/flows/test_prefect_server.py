@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from regrow.flows import pages, prefect_server
+from regrow.flows import pages, prefect_server, run_command
 from regrow.flows.prefect_server import PrivateServer, ServerFailed, _end
+from regrow.infra.settings import load_settings
 
 # Answers on the socket that it is handed, as uvicorn does, once it has read a line of `gate`.
 _ANSWERS = """
@@ -43,6 +46,15 @@ def gate(tmp_path: Path, monkeypatch) -> Path:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return path
+
+
+def test_a_machine_without_sockets_is_not_told_as_a_bad_home(tmp_path, monkeypatch):
+    def no_socket(_home):
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    monkeypatch.setattr(run_command, "PrivateServer", no_socket)
+    with pytest.raises(OSError, match="Cannot assign"):
+        run_command._server(replace(load_settings(), home=tmp_path, prefect_api_url=None))
 
 
 def test_address_is_known_before_the_server_is_there(gate, tmp_path, monkeypatch):

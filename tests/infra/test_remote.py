@@ -378,7 +378,7 @@ def silent_s3(monkeypatch):
     ids=["run", "store ls", "data", "model"],
 )
 def test_a_server_that_says_nothing_is_named_before_long(silent_s3, ask):
-    with pytest.raises(StoreError, match=r"s3://b/x: nothing has answered there for 0\.3 s"):
+    with pytest.raises(StoreError, match=r"s3://b/x: no full answer came from there in 0\.3 s"):
         ask("s3://b/x")
 
 

@@ -289,6 +289,12 @@ def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.glob("mlflow.db*")} == {"mlflow.db", "mlflow.db.lock"}
 
 
+def test_a_database_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match=r"mlflow_tracking_uri .*file/mlflow\.db: "):
+        Tracker(f"sqlite:///{tmp_path}/file/mlflow.db", "e").connect()
+
+
 def test_processes_share_a_new_database(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     command = [sys.executable, "-c", _WRITER, uri]

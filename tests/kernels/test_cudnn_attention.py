@@ -78,6 +78,7 @@ class Backward(StandIn):
 def forget_plans(monkeypatch):
     monkeypatch.setattr(ours, "_planned", {})
     ours._sizes_of.cache_clear()
+    ours._why_no_plan.cache_clear()
 
 
 @pytest.fixture
@@ -89,7 +90,6 @@ def stood_in(monkeypatch):
     monkeypatch.setattr(backends, "_backend", lambda *args: backends._cudnn)
     torch.use_deterministic_algorithms(False)
     forget_plans(monkeypatch)
-    ours._why_no_plan.cache_clear()
     StandIn.calls = 0
     yield
     ours._why_no_plan.cache_clear()
@@ -190,11 +190,43 @@ def test_sums_in_a_fixed_order_are_not_cudnns(stood_in):
     assert ours.why_not_here(q, k, 5, 128, 0.1)
 
 
-def test_a_plan_serves_all_that_fits_into_it(monkeypatch):
-    forget_plans(monkeypatch)
+def refuse(monkeypatch, unwanted):
+    """cuDNN has no plan for such sizes; the list it returns grows by each that it was asked for."""
+    asked = []
+
+    def backward(sizes):
+        asked.append((sizes.examples, sizes.longest))
+        if unwanted(sizes):
+            raise RuntimeError("no engine")
+        return Backward(sizes)
+
+    monkeypatch.setattr(ours, "_backward_plan", backward)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("rows", "due"),
+    [
+        ([(10, 9000), (10, 3000), (10, 4000)], [(128, 16384), (128, 4096)]),
+        ([(10, 3000), (10, 9000), (300, 2000)], [(128, 4096), (128, 16384), (512, 4096)]),
+        ([(10, 9000), (10, 9001), (10, 9000)], [(128, 16384)]),
+    ],
+    ids=["largest first", "largest second", "none fits"],
+)
+def test_sizes_that_are_refused_leave_smaller_ones_their_plans(stood_in, monkeypatch, rows, due):
+    asked = refuse(monkeypatch, lambda sizes: sizes.longest > 4096)
+    q = torch.empty(16384, N, H, device="meta")
+    for examples, longest in rows:
+        why = ours.why_not_here(q, q[:, :K], examples, longest, 0.1)
+        assert bool(why) == (longest > 4096)
+    assert asked == due
+
+
+def test_a_plan_serves_all_that_fits_into_it(stood_in):
     q, k, _, _, _ = make([100], N, K, H)
 
     def plan(examples, longest):
+        assert not ours.why_not_here(q, k, examples, longest, 0.1)
         found = ours._sizes(q, k, examples, longest, 0.1)
         return found.examples, found.longest
 
@@ -209,13 +241,13 @@ def test_a_plan_serves_all_that_fits_into_it(monkeypatch):
     assert plan(3, 70) == (128, 4096)
 
 
-def test_a_training_makes_few_plans(monkeypatch):
+def test_a_training_makes_few_plans(stood_in):
     """On the bench's own documents, of more steps than it takes."""
-    forget_plans(monkeypatch)
     rows = workload_rows("W3:timed=60")
     sizes = []
     for lengths in rows:
         q = torch.empty(sum(lengths), 32, 64, device="meta", dtype=torch.bfloat16)
+        assert not ours.why_not_here(q, q[:, :8], len(lengths), max(lengths), 0.125)
         sizes.append(ours._sizes(q, q[:, :8], len(lengths), max(lengths), 0.125))
         assert sizes[-1].examples >= len(lengths)
         assert sizes[-1].longest >= max(lengths)

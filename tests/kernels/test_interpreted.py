@@ -150,6 +150,23 @@ def test_both_gradients_of_a_rank(agree, monkeypatch, shape):
     test_rank_gradients_module.equals_the_formula(agree, *inputs)
 
 
+@inside
+def test_both_gradients_of_a_rank_come_from_the_kernel_or_from_two_products(agree, monkeypatch):
+    asked, reference = [], rank_gradients.reference
+    monkeypatch.setattr(
+        rank_gradients, "reference", lambda *args: asked.append(1) or reference(*args)
+    )
+    dy, *rest = test_rank_gradients_module.matrices(70, 33, 3, "cpu", torch.float16)
+    test_rank_gradients_module.equals_the_formula(agree, dy[:1].expand(70, -1), *rest)
+    assert not asked  # one row, as the gradient of a sum over tokens is
+    test_rank_gradients_module.equals_the_formula(agree, dy.t().contiguous().t(), *rest)
+    assert len(asked) == 1  # rows with gaps
+    large = rank_gradients.LARGEST_RANK + 1
+    inputs = test_rank_gradients_module.matrices(70, 33, large, "cpu", torch.float16)
+    test_rank_gradients_module.equals_the_formula(agree, *inputs)
+    assert len(asked) == 2
+
+
 # ---- offsets that 31 bits do not hold: 400,000 tokens of a width of 14336 are 5.7e9 elements ----
 
 APART = (1 << 30) + 8  # elements between rows: the third row begins beyond 2**31

@@ -28,6 +28,7 @@ SMALLER = {
     "evals_per_epoch": "null",
     "logging_steps": 20,
     "eval_table_size": 4,
+    "bf16": "false",  # slow on some CPUs
 }
 
 

@@ -1,10 +1,8 @@
 """The evaluate stage measures what it can, says what it cannot, and compares like with like."""
 
-import contextlib
 import json
 import math
 import traceback
-import weakref
 from dataclasses import replace
 
 import psutil
@@ -148,33 +146,12 @@ def test_a_model_is_evaluated_on_the_gpu_that_is_its_own(tmp_path, monkeypatch):
     assert _device(job) == torch.device("cuda", 0)
 
 
-def test_a_model_that_failed_is_gone_from_the_gpu_when_the_next_run_has_it(
-    prepared, tmp_path, monkeypatch
-):
-    class Model:
-        """Weights on a GPU."""
-
-    made, alive = [], []
-
-    def load(*_args):
-        model = Model()
-        made.append(weakref.ref(model))
-        return model
-
-    def fail(model, *_args):
-        try:
-            raise MemoryError
-        except MemoryError as error:
-            raise StageError("rows_per_batch") from error
-
-    monkeypatch.setattr(module, "_device", lambda _job: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(made[0]()))
-    monkeypatch.setattr(module, "_load", load)
-    monkeypatch.setattr(module, "validation_scores", fail)
-    with pytest.raises(StageError, match="rows_per_batch"):
-        run(make_job(tmp_path, {"prepare": prepared}))
-    assert alive == [None]
+def test_a_gpu_is_used_in_another_process_also_where_gpus_have_no_lock_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "run_alone", lambda _job: {"alone": True})
+    job = make_job(tmp_path, {"prepare": tmp_path}, placement=EvaluatePlacement())
+    assert job.devices is None
+    assert run(job) == {"alone": True}
 
 
 GPU_OF_ITS_OWN = Devices((Gpu("H100", 80 * 2**30, "uuid", 0, "GPU-uuid"),))
@@ -189,13 +166,14 @@ def test_with_a_gpu_the_same_is_measured_in_a_process_that_ends(
     before = run(base)
     inputs = {"prepare": prepared, "model": trained_dir, "baseline": base.out}
     here, there = (make_job(tmp_path, inputs, {"baseline": before}) for _ in range(2))
+    others = set(psutil.Process().children())
     assert run(replace(there, devices=GPU_OF_ITS_OWN)) == run(here)
+    assert set(psutil.Process().children()) == others
     assert there.report.logged == here.report.logged
     assert [each[:2] for each in there.report.progressed]
     names = {path.name for path in here.out.iterdir()}
     assert {path.name for path in there.out.iterdir()} == names
     assert all((there.out / name).read_bytes() == (here.out / name).read_bytes() for name in names)
-    assert psutil.Process().children() == []
 
 
 def test_an_evaluation_that_fails_in_its_own_process_says_why(prepared, tmp_path):
@@ -212,9 +190,11 @@ def test_an_evaluation_that_fails_in_its_own_process_says_why(prepared, tmp_path
 def test_an_evaluation_that_is_killed_is_told(prepared, trained_dir, tmp_path):
     job = make_job(tmp_path, {"prepare": prepared, "model": trained_dir})
 
+    others = set(psutil.Process().children())
+
     class Killing:
         def log(self, _message: str) -> None:
-            for child in psutil.Process().children():
+            for child in set(psutil.Process().children()) - others:
                 child.kill()
 
         progress = log

@@ -15,12 +15,14 @@ from regrow.tasks.forecast.memory import (
     SCARCE_LOSS_BUDGET,
     Division,
     Setting,
+    backward_bytes,
     memory,
 )
 from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.forecast.trainable import all_weights, with_adapter
 from regrow.tasks.modeling import families, kernels
 from regrow.tasks.modeling.adapter_settings import AdapterSettings
+from regrow.tasks.modeling.float8 import Float8Linear, freeze_in_float8
 
 _spec = importlib.util.spec_from_file_location("meters", Path(__file__).with_name("meters.py"))
 assert _spec is not None
@@ -187,3 +189,32 @@ def test_kernels_are_those_that_training_puts_in():
     assert gated_lora.LARGEST_RANK == activations.LARGEST_RANK
     names = {family.name for family in families.FAMILIES}
     assert {name.removesuffix("_text") for name in FUSED_FAMILIES} == names
+
+
+def test_eight_bits_are_counted_of_the_layers_that_are_swapped():
+    """One under no adapter, one of odd sizes and the head stay as they are."""
+    lora = {"r": 2, "alpha": 4, "target_modules": ("q_proj", "v_proj", "down_proj", "lm_head")}
+    model, shape = meters.build("llama", lora, intermediate_size=72, tie_word_embeddings=False)
+    freeze_in_float8(model, "cpu")
+    swapped = sum(m.weight.numel() for m in model.modules() if isinstance(m, Float8Linear))
+    assert swapped
+    trainable = with_adapter(shape, AdapterSettings(**lora))
+    plain, small = (
+        memory(Setting(shape, trainable, 64, float8=float8)).parts["weights"]
+        for float8 in (False, True)
+    )
+    assert small - plain == 2 * swapped
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [({}, 0), ({"dtype_bytes": 4}, 1), ({"mlp_bias": True}, 1)],
+    ids=["as it is", "float32", "bias"],
+)
+def test_the_product_is_made_again_where_the_kernel_does_not_take_the_updates(changes, again):
+    changes = dict(changes)
+    bias = changes.pop("mlp_bias", False)
+    shape = model_shape(LLAMA_8B | {"mlp_bias": bias})
+    trainable = with_adapter(shape, AdapterSettings(r=16, alpha=32, target_linear=True))
+    (layer, *_) = Setting(shape, trainable, 64, **changes).layers()
+    assert backward_bytes(layer) == (3 + again) * 2 * LLAMA_8B["intermediate_size"]

@@ -43,6 +43,14 @@ def test_a_group_of_other_parameters_is_a_fault():
         match_groups([group("c")], WHOLE)
 
 
+def test_groups_of_other_rates_are_not_taken_for_one_another():
+    saved = [group() | {"initial_lr": rate} for rate in (1e-3, 1e-4)]
+    here = [group(name) | {"initial_lr": 1e-4} for name in "abc"]
+    with pytest.raises(StageError, match="which is which"):
+        match_groups(here, saved)
+    assert match_groups(here, [saved[0], saved[0]]) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("matched", [[0, 0, 1], [1], [0, 1]])
 def test_a_schedule_goes_on_with_as_many_groups_as_there_are(matched):
     def scheduler(groups):

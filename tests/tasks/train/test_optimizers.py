@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
 from regrow.configs.optimizers import PACKAGES
@@ -17,7 +19,7 @@ from regrow.tasks.train import optimizers
 from regrow.tasks.train.files import SavedState, write_state
 from regrow.tasks.train.optimizers import MuonAdamW, build_divided, transformers_arguments
 from regrow.tasks.train.spec import LearningRateGroup, TrainSpec
-from regrow.tasks.train.state import TorchEngine
+from regrow.tasks.train.state import Staging, TorchEngine, _like
 from regrow.tasks.train.worker import train
 
 
@@ -234,7 +236,7 @@ def steps_of_paged(name, directory, device):
                 parameter.grad = torch.randn(parameter.shape, generator=random).to(device)
             optimizer.step()
             if step == 2:
-                write_state(engine.capture(), directory, {}, 0, None)
+                write_state(Staging().copy(engine.capture()), directory, {}, 0, None)
         found.append([p.detach().cpu() for p in model.parameters()])
         held.append(
             {
@@ -257,3 +259,18 @@ def test_paged_states_come_back_paged(name, device, tmp_path):
     assert after == before
     assert after[0, "state1"][0]
     assert not after[2, "state1"][0]  # a small one is not
+
+
+def test_paged_states_of_a_shard_are_read_into_the_hosts_memory(tmp_path):
+    """All of them at once: the GPU (here: the device "meta") may not hold them."""
+    meeting = (tmp_path / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", meeting, rank=0, world_size=1)
+    try:
+        local = torch.empty(300, 400, device="meta")
+        parameter = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Shard(0)])
+        for shape in ((300, 400), (2, 300, 400)):  # AdEMAMix has two rows of the first
+            found = [_like("state1", parameter, shape, torch.uint8, on) for on in (True, False)]
+            devices = [part.to_local().device.type for part in found]
+            assert (devices, found[0].shape) == (["cpu", "meta"], shape)
+    finally:
+        torch.distributed.destroy_process_group()
