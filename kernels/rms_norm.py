@@ -16,6 +16,8 @@ Shape legend: H hidden size, P programs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -168,14 +170,18 @@ def _backward(
 # ---- autograd ----
 
 
+def _normed(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, offset: float) -> Tensor:
+    """The norm of contiguous x; what its gradients need is kept."""
+    y, _, rstd = _forward(x, None, weight_H, eps, offset)
+    ctx.save_for_backward(x, weight_H, rstd)
+    ctx.offset = offset
+    return y
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps, offset):
-        x = x.contiguous()
-        y, _, rstd = _forward(x, None, weight_H, eps, offset)
-        ctx.save_for_backward(x, weight_H, rstd)
-        ctx.offset = offset
-        return y
+        return _normed(ctx, x.contiguous(), weight_H, eps, offset)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -189,11 +195,8 @@ class _RMSNormBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps, offset):
         x = x.contiguous()
-        y, _, rstd = _forward(x, None, weight_H, eps, offset)
-        ctx.save_for_backward(x, weight_H, rstd)
-        ctx.offset = offset
         ctx.set_materialize_grads(False)
-        return y, x
+        return _normed(ctx, x, weight_H, eps, offset), x
 
     @staticmethod
     def backward(ctx, *grad_outputs):

@@ -31,7 +31,7 @@ class Sharding:
     def shards(self) -> bool:
         """Whether no process holds the whole of what it trains."""
         divided = self.tensor_parallel_size > 1
-        return self.fsdp is not None or _zero_stage(self) == 3 or divided
+        return self.fsdp is not None or self.divides_weights_by_zero or divided
 
     @property
     def divides_weights_by_zero(self) -> bool:
