@@ -8,6 +8,7 @@ from regrow.configs.kernels import all_words
 from regrow.configs.meanings import WAYS_OF_OFFLOADING
 from regrow.configs.recipe import Recipe
 from regrow.configs.rename import takes_empty_text
+from regrow.configs.sections.section import AMOUNT
 from regrow.configs.sharding import OLD_OPTIONS
 from regrow.configs.switches import switch_of
 from regrow.configs.vocabulary import (
@@ -60,6 +61,7 @@ _OTHER_FORMS: dict[str, Any] = {
         ),
         _NO_SIZE,
     ),
+    "gpu_memory_limit": {"type": "string", "pattern": AMOUNT},
     "wandb_watch": {"const": False},
     "kernels": {"type": "boolean"},
     "gradient_checkpointing": {"enum": ["offload", "offload_disk", "unsloth"]},

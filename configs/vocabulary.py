@@ -87,8 +87,7 @@ _IGNORED = {
     "Regrow places a run on its devices itself": """
         device device_map world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb
         ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config ray_run_name
-        max_memory gpu_memory_limit
-        experimental_skip_move_to_device qlora_sharded_model_loading""",
+        max_memory experimental_skip_move_to_device qlora_sharded_model_loading""",
     "it changes speed only, and is not here yet": """
         torch_compile torch_compile_backend torch_compile_mode torch_compile_options deepcompile
         dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor

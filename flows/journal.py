@@ -62,6 +62,15 @@ class Journal:
         self._headlines: dict[str, str] = {}
         self._open: set[str] = set()
 
+    def memory(self) -> dict[str, Any]:
+        """What it has learned of its run, for another journal to `go_on` with."""
+        places = ("_tracker", "_artifacts", "_name", "_known")
+        return {name: value for name, value in vars(self).items() if name not in places}
+
+    def go_on(self, memory: Mapping[str, Any]) -> None:
+        """Take over the run of another journal, whose process has ended."""
+        vars(self).update(memory)
+
     @property
     def run_url(self) -> str | None:
         """The run's page, where a server shows it."""

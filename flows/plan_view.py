@@ -14,7 +14,7 @@ from regrow.tasks.build import stage_key
 from regrow.tasks.forecast import devices
 from regrow.tasks.forecast.data import Amount, prepared_amount, sampled_amount
 from regrow.tasks.forecast.forecast import Forecast, Hours, as_json, costs, forecast, local_device
-from regrow.tasks.forecast.memory import CONTEXT, FRAGMENTATION, GIB, Memory
+from regrow.tasks.forecast.memory import CONTEXT, GIB, Memory
 from regrow.tasks.plan import Plan
 
 
@@ -131,7 +131,7 @@ def _parts(memory: Memory) -> Iterator[str]:
     parts = {
         **memory.parts,
         "CUDA context (assumed)": CONTEXT,
-        "fragmentation (assumed)": memory.allocated * FRAGMENTATION,
+        "fragmentation (assumed)": memory.fragmentation,
     }
     for name, size in parts.items():
         yield f"{name:<24}{size / GIB:8.2f} GiB"

@@ -19,6 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
+from regrow.flows.progress import say
 from regrow.infra.launch import die_with_parent
 from regrow.infra.reachable import require_answer
 from regrow.infra.secrets import mask_secrets
@@ -27,6 +28,8 @@ from regrow.infra.settings import child_environment, use_private_prefect
 _HOST = "127.0.0.1"
 _ANSWER_SECONDS = 10  # a server on another continent answers in one
 _READY_SECONDS = 120  # 13 s with the migrations of a fresh database (platform.md B1), if not alone
+_TURN_SECONDS = 600.0  # for others that start at the same time; each takes some seconds
+_WORD_SECONDS = 5.0  # who waits longer for them is told why
 _PROGRAM = "from regrow.flows.server_process import main; main()"
 _BACKLOG = 128  # connections that wait while the server comes up: one of each thread that asks
 
@@ -53,14 +56,17 @@ class PrivateServer:
     reads the address when it is imported), and no other program can take the port meanwhile.
 
     Args:
-        home: local directory for the log, and for the lock by which two runs that start at once
-            do not migrate one new database together (they would fail each other: platform.md B1).
+        home: local directory for the log.
+        prefect_home: local directory of Prefect's database, and so of the lock by which two runs
+            that start at once do not migrate a new one together (they would fail each other:
+            platform.md B1).
     """
 
-    def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
+    def __init__(self, home: Path, prefect_home: Path) -> None:
+        for folder in (home, prefect_home):
+            folder.mkdir(parents=True, exist_ok=True)
         self._log = home / "prefect-server.log"
-        self._lock: IO[str] = (home / "prefect-server.lock").open("w")
+        self._lock: IO[str] = (prefect_home / "regrow-server.lock").open("w")
         self._process: subprocess.Popen[bytes] | None = None
         self._socket = socket.socket()
         # Inherited by each connection; uvicorn takes a socket that is handed over for a local one,
@@ -76,26 +82,44 @@ class PrivateServer:
         From now on this process uses the server: what it asks is answered once that is up.
         """
         use_private_prefect(f"{self._url}/api")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # `wait` waits for that one first
-        self._launch()
+        if self._is_our_turn():  # else `wait` waits for that one first
+            self._launch()
 
     def wait(self) -> None:
         """Return when the server answers.
 
         Raises:
-            ServerFailed: when it does not come up.
+            ServerFailed: when it does not come up, or another does not cease to start.
         """
         if self._process is None:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._wait_for_our_turn()
             self._launch()
         self._socket.close()
         if not self._answers():
             raise ServerFailed(f"Prefect's local server did not start; its log is {self._log}")
         fcntl.flock(self._lock, fcntl.LOCK_UN)  # the process has it open too
         self._lock.close()
+
+    def _is_our_turn(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _wait_for_our_turn(self) -> None:
+        begin, told = time.monotonic(), False
+        while not self._is_our_turn():
+            waited = time.monotonic() - begin
+            if waited > _TURN_SECONDS:
+                raise ServerFailed(
+                    f"Prefect's local server of another run has been starting, or ending, for "
+                    f"{waited:.0f} s; end that run's processes, which have {self._lock.name} open"
+                )
+            if waited > _WORD_SECONDS and not told:
+                told = True
+                say("waiting for another run, whose local Prefect server is starting")
+            time.sleep(0.05)
 
     def _launch(self) -> None:
         handed = self._socket.fileno()

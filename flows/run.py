@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,9 @@ from prefect.states import Completed, Failed
 from regrow.configs.load import parse_recipe
 from regrow.configs.recipe import Recipe
 from regrow.flows import run_page
+from regrow.flows.heartbeat import beating
 from regrow.flows.interruption import remembered
+from regrow.flows.journal_process import journal_of
 from regrow.flows.other_machines import OtherMachines
 from regrow.flows.progress import say
 from regrow.flows.session import Origin, Session
@@ -43,27 +46,34 @@ class FlowRun:
 
     def __enter__(self) -> FlowRun:
         try:
-            return self._opened()
+            with ExitStack() as held:
+                held.enter_context(beating())
+                self._open(held)
+                self._held = held.pop_all()
+            return self
         except Exception as error:
             if (told := without_secrets(error)) is not error:
                 raise told from None  # Prefect keeps the message of what ends a run
             raise
 
-    def _opened(self) -> FlowRun:
+    def _open(self, held: ExitStack) -> None:
         quiet_environment()  # a worker starts this flow without any command of ours
         workplace = Workplace(load_settings(), self._recipe.store)
         workplace.artifacts.store.check_writable()
         self.plan: Plan = make_plan(self._recipe, self._name, workplace.memo)
+        self._journal = journal_of(workplace.journal_place(self._recipe, self._name))
+        held.callback(self._journal.close)  # a worker's process lasts longer than its runs
         run_page.show_plan(self.plan, workplace)
         self._workplace = workplace
         tracker, origin = workplace.tracker(self._recipe), self._origin()
-        self._session = Session(self.plan, workplace, tracker, origin, say, run_page.progress_bar)
+        self._session = Session(
+            self.plan, workplace, tracker, origin, say, run_page.progress_bar, self._journal
+        )
         self._run_stage = StageRunner(self._session)
         self._others = OtherMachines(say)
         self._pauses = PauseWatch()
         self._signals = remembered()
         self._signals.__enter__()
-        return self
 
     def __call__(self, stage: Stage) -> Outcome:
         """Build a stage, as a Prefect task."""
@@ -78,9 +88,16 @@ class FlowRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        with self._held:
+            return self._closed(error)
+
+    def _closed(self, error: BaseException | None) -> bool:
+        """End what `_open` began; whether `state` says how the run ended."""
         self._pauses.stop()
         self._signals.__exit__(None, None, None)
         status = _mlflow_status(error)
+        if status == "KILLED":
+            self._journal.hurry()
         try:
             self._session.close(status)
             run_page.show_summary(self._session, self._workplace, status)

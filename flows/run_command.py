@@ -1,7 +1,7 @@
-"""`regrow run`, and the commands that stop at an earlier stage. Imports Prefect, and MLflow.
+"""`regrow run`, and the commands that stop at an earlier stage. Imports Prefect.
 
-What is needed to begin comes first, and the rest while a server of this run's own comes up: that is
-what the start of a run waits for.
+What is needed to begin comes first, and the rest while a server of this run's own and the process
+that writes into MLflow come up: those are what the start of a run waits for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import atexit
 import gc
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrow.configs.load import Loaded, load_recipe
 from regrow.flows.explained import explains
+from regrow.flows.journal_process import start_journal
 from regrow.flows.prefect_server import PrivateServer, require_server
 from regrow.flows.progress import say
 from regrow.infra.settings import (
@@ -22,6 +23,7 @@ from regrow.infra.settings import (
     Settings,
     environment,
     load_settings,
+    prefect_home,
     quiet_environment,
 )
 
@@ -41,16 +43,18 @@ def run_recipe(
     loaded = load_recipe(recipe, overrides, environment=environment())
     server = _server(load_settings())
     workplace = _opened(loaded, last)
+    start_journal(workplace.journal_place(loaded.recipe, loaded.name))
     _import_the_rest()
     if server is not None:
-        _open_mlflow(loaded, workplace)
         server.wait()
     from regrow.flows.finetune import finetune, stages_upto
+    from regrow.flows.heartbeat import ours_instead
 
-    if last:
-        state = stages_upto(loaded.recipe, last, loaded.name, return_state=True)
-    else:
-        state = finetune(loaded.recipe, loaded.name, return_state=True)
+    with ours_instead():
+        if last:
+            state = stages_upto(loaded.recipe, last, loaded.name, return_state=True)
+        else:
+            state = finetune(loaded.recipe, loaded.name, return_state=True)
     if state.name == "Preempted":
         say(f"\nstopped before its end: {state.message}", sys.stderr)
         return _TRY_AGAIN
@@ -69,22 +73,26 @@ def _server(settings: Settings) -> PrivateServer | None:
 
     Raises:
         ServerFailed: when the one that is named does not answer.
-        SettingError: when the home can hold nothing.
+        SettingError: when our home, or Prefect's, can hold nothing.
     """
     if settings.prefect_api_url is not None:
         require_server(settings.prefect_api_url)
         return None
     try:
-        server = PrivateServer(settings.home)
+        server = PrivateServer(settings.home, prefect_home())
     except OSError as error:
         if error.filename is None:  # not of a file: no socket, say
             raise
-        raise SettingError(
-            f"REGROW_HOME: {settings.home} can hold nothing ({error}); choose another folder"
-        ) from error
+        raise _useless_home(settings.home, error) from error
     quiet_environment(private_server=True)
     server.start()
     return server
+
+
+def _useless_home(home: Path, error: OSError) -> SettingError:
+    ours = not home.is_dir() or Path(error.filename).is_relative_to(home)
+    name, place = ("REGROW_HOME", home) if ours else ("PREFECT_HOME", prefect_home())
+    return SettingError(f"{name}: {place} can hold nothing ({error}); choose another folder")
 
 
 def _opened(loaded: Loaded, last: str) -> Workplace:
@@ -95,37 +103,18 @@ def _opened(loaded: Loaded, last: str) -> Workplace:
 
 
 def _import_the_rest() -> None:
-    """Import MLflow and Prefect.
+    """Import Prefect, as what lasts until the process ends.
 
-    Here, and not by the thread that first writes into MLflow: two threads that import large
-    packages at once can meet each other's half-imported modules. And as what lasts until the
-    process ends: searched for garbage again and again while it grows, and walked through once more
-    at the end, it would take a second longer (3.2 s instead of 4.1 s, measured on 2 cores).
+    Searched for garbage again and again while it grows, and walked through once more at the end, it
+    would take longer (a second with MLflow, which was imported here too; measured on 2 cores).
     """
-    from regrow.infra import tracking
-
     gc.disable()
     try:
-        tracking.preload()
         from regrow.flows import finetune  # noqa: F401 (imports Prefect)
     finally:
         gc.freeze()
         gc.enable()
     atexit.register(gc.freeze)  # what the stages imported is not walked through at the end either
-
-
-def _open_mlflow(loaded: Loaded, workplace: Workplace) -> None:
-    """Make or open a database of MLflow's on this machine, while the server makes its own.
-
-    One after the other they take two seconds longer in a home's first run, and one in any other
-    (measured on 2 cores). What is wrong with it is told when it is used.
-    """
-    from regrow.infra.tracking import TrackingError
-
-    tracker = workplace.tracker(loaded.recipe)
-    if tracker.uri.startswith("sqlite:///"):
-        with suppress(TrackingError):
-            tracker.connect()
 
 
 def _print_end(session: Session, workplace: Workplace, shown: int | None) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from regrow.flows.journal import Closing, Journal
+from regrow.flows.journal_process import JournalProcess
 from regrow.flows.progress import LineReporter, Listener, duration, say
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactDamaged
@@ -54,6 +55,7 @@ class Session:
         origin: the run's name and recipe.
         emit: gets each line for people.
         watch: gives what else hears of a stage's progress.
+        journal: writes into MLflow; default: one in this process.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Session:
         origin: Origin,
         emit: Callable[[str], None] = say,
         watch: Watch = _no_watch,
+        journal: JournalProcess | None = None,
     ) -> None:
         self.plan, self._workplace, self._tracker, self._emit = plan, workplace, tracker, emit
         self._origin, self._watch = origin, watch
@@ -71,7 +74,7 @@ class Session:
         """Where the run's report is; None before `close`, or when it could not be written."""
         notes = {"recipe": origin.recipe_text, "recipe_name": origin.name}
         self._builder = workplace.builder.noting(notes)
-        self._journal = Journal(tracker, workplace.artifacts, origin.name)
+        self._journal = journal or Journal(tracker, workplace.artifacts, origin.name)
         self.prefect_page = origin.prefect_page
         self.outcomes: list[Outcome] = []
         # MLflow's answers take tens of milliseconds each; one thread keeps their order and lets

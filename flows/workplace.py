@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from regrow.configs.recipe import Recipe
+from regrow.flows.journal_process import Place
 from regrow.infra.artifacts import ArtifactDamaged, ArtifactStore, Record
 from regrow.infra.digests import DigestMemo
 from regrow.infra.settings import Settings
@@ -58,6 +59,11 @@ class Workplace:
         """MLflow, where the recipe has it."""
         uri = recipe.mlflow_tracking_uri or self.tracking_uri
         return Tracker(uri, recipe.mlflow_experiment_name or "regrow")
+
+    def journal_place(self, recipe: Recipe, name: str) -> Place:
+        """Where the run `name` of the recipe is told of in MLflow."""
+        tracker = self.tracker(recipe)
+        return Place(self.settings, self.store_url, tracker.uri, tracker.experiment, name)
 
     def remember(self, recipe: str, stage: Stage) -> None:
         """Note that this recipe last used this key for this stage, for `newest`."""

@@ -115,6 +115,11 @@ def load_settings() -> Settings:
     )
 
 
+def prefect_home() -> Path:
+    """`PREFECT_HOME`: where Prefect keeps a local server's database, unless told otherwise."""
+    return Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser().absolute()
+
+
 def s3_endpoint() -> str | None:
     """`AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`: an S3 server that is not Amazon's."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None

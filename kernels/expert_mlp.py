@@ -258,10 +258,10 @@ class _ExpertMLP(torch.autograd.Function):
             dweights_Tk = flat.view_as(weights_Tk).to(weights_Tk.dtype)
         del hidden_SF
         dhidden_SF = dweighted_SF.mul_(weight_S1)
-        dgate, dup, _ = swiglu.gated_backward(dhidden_SF, gate_SF, up_SF, ctx.activation, False)
+        both_S2F, _ = swiglu.gated_backward(dhidden_SF, gate_SF, up_SF, ctx.activation, False)
         del dhidden_SF, dweighted_SF
         dx_SH, of_up = _project_back(
-            torch.cat([dgate, dup], 1), x_TH[token_S], h_Sr, up_part, ends_E, tuple(wanted[:3])
+            both_S2F, x_TH[token_S], h_Sr, up_part, ends_E, tuple(wanted[:3])
         )
         return _summed(dx_SH, order_S, choices), None, dweights_Tk, None, None, *of_up, *of_down
 

@@ -17,12 +17,15 @@ Shape legend: T rows of the input, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from regrow.kernels.backend import custom_op, jit, next_power_of_2, tl, uses_triton
+from regrow.kernels.neighbours import rows_of_one
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3, arXiv 2209.05433 table 1
@@ -38,15 +41,47 @@ class Float8Weight:
     row_scales_O: Tensor
     columns_IO: Tensor
     column_scales_I: Tensor
+    whole: Float8Weight | None = None  # of whose rows these are some
+    first: int = 0  # of them
 
     @staticmethod
     def of(weight_OI: Tensor) -> Float8Weight:
         """Rounds a weight; both sizes must be multiples of 16 (cuBLAS's 8-bit products)."""
-        if weight_OI.shape[0] % 16 or weight_OI.shape[1] % 16:
-            raise ValueError(f"8-bit weights are multiples of 16, not {tuple(weight_OI.shape)}")
-        rows, row_scales = quantize_rows(weight_OI.contiguous())
-        columns, column_scales = quantize_rows(weight_OI.t().contiguous())
-        return Float8Weight(rows, row_scales, columns, column_scales)
+        return Float8Weight.of_group([weight_OI])[0]
+
+    @staticmethod
+    def of_group(weights: Sequence[Tensor]) -> list[Float8Weight]:
+        """Weights [O, I] of layers with one input, which share the scales of their columns."""
+        for weight in weights:
+            if weight.shape[0] % 16 or weight.shape[1] % 16:
+                raise ValueError(f"8-bit weights are multiples of 16, not {tuple(weight.shape)}")
+        joint = weights[0] if len(weights) == 1 else rows_of_one(weights)
+        joint = torch.cat(list(weights)) if joint is None else joint
+        rows, row_scales = quantize_rows(joint.contiguous())
+        columns, column_scales = quantize_rows(joint.t().contiguous())
+        whole = Float8Weight(rows, row_scales, columns, column_scales)
+        ends = list(accumulate(len(weight) for weight in weights))
+        return [
+            Float8Weight(
+                rows[start:end],
+                row_scales[start:end],
+                columns[:, start:end],
+                column_scales,
+                whole,
+                start,
+            )
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+    @staticmethod
+    def whole_of(parts: Sequence[Float8Weight]) -> Float8Weight | None:
+        """The weight that the parts are, one under the other; None where they are none."""
+        whole, end = parts[0].whole, 0
+        for part in parts:
+            if part.whole is not whole or part.first != end:
+                return None
+            end += part.shape[0]
+        return whole if whole is not None and end == whole.shape[0] else None
 
     @property
     def shape(self) -> torch.Size:

@@ -9,7 +9,7 @@ a pass over [T, F] to write and one to read. Products of depth r are made on the
 
 Forward, a program owns rows and walks over columns, so that its h stays in registers; backward it
 owns columns and walks over rows, so that its dA does. Parts of h and dA are added up in a fixed
-order afterwards.
+order afterwards. dg and du are columns of one matrix, for one product with the weights of both.
 
 Shape legend: T tokens, F width of the hidden layer, r rank.
 """
@@ -33,10 +33,10 @@ from regrow.kernels.swiglu import activate, rows_without_gaps
 
 LARGEST_RANK = 32  # beyond it a tile's factors weigh as much as the tile
 # Rows, columns, warps and stages of a tile, and programs of one multiprocessor: the best of ten
-# tiles and three counts at 8192 x 14336, r = 16 (H100, 2026-11-22): 0.317 ms where the parts alone
-# take 0.527, and 0.529 ms where they take 0.678.
+# tiles and three or four counts at 8192 x 14336, r = 16 (tests/bench/gated_tiles.py, H100,
+# 2026-11-22): 0.317 ms where the parts alone take 0.527, and 0.487 ms where they take 0.678.
 _FORWARD = (64, 64, 4, 1, 8)
-_BACKWARD = (32, 64, 4, 2, 16)
+_BACKWARD = (16, 64, 4, 3, 24)
 
 
 # ---- reference ----
@@ -112,7 +112,7 @@ def _forward_kernel(gate, up, gate_stride, up_stride, h_gate, h_up, h_gate_strid
 @jit
 def _backward_kernel(d, d_stride, gate, up, gate_stride, up_stride, h_gate, h_up, h_gate_stride,
                      h_up_stride, b_gate, b_up, gate_rank, up_rank, gate_scaling, up_scaling, a,
-                     a_rank, dh, dh_stride, dgate, dup, da_parts, rows, width, run,
+                     a_rank, dh, dh_stride, both, both_stride, da_parts, rows, width, run,
                      KIND: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -141,10 +141,10 @@ def _backward_kernel(d, d_stride, gate, up, gate_stride, up_stride, h_gate, h_up
         u += up_scaling * tl.dot(hu, bu)
         dx += tl.dot(dh_tile, a_tile)
         value, slope = activate(g, KIND)
-        place = row[:, None] * width + column[None, :]
-        tl.store(dgate + above * width + place, dx * u * slope, mask=seen)
-        tl.store(dup + above * width + place, dx * value, mask=seen)
-        hidden = (value * u).to(dgate.dtype.element_ty)
+        dgate = both + above * both_stride + row[:, None] * both_stride + column[None, :]
+        tl.store(dgate, dx * u * slope, mask=seen)
+        tl.store(dgate + width, dx * value, mask=seen)
+        hidden = (value * u).to(both.dtype.element_ty)
         da = tl.dot(tl.trans(hidden), dh_tile, da)
     r = tl.arange(0, DEPTH)
     # [part, r, F], as A lies
@@ -201,28 +201,32 @@ def forward(
     return out, h
 
 
-def _fake_backward(d, gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, dh, activation):
-    shape = gate.shape
-    return gate.new_empty(shape), gate.new_empty(shape), a.new_empty(a.shape, dtype=torch.float32)
+def _fake_backward(d, gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, dh, activation, room):
+    rows, width = gate.shape
+    return gate.new_empty(rows, 2 * width + room), a.new_empty(a.shape, dtype=torch.float32)
 
 
 @custom_op(
     "gated_lora_backward",
-    f"(Tensor d, Tensor gate, Tensor up, {_ADAPTERS}, Tensor dh, str activation)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"(Tensor d, Tensor gate, Tensor up, {_ADAPTERS}, Tensor dh, str activation, int room)"
+    " -> (Tensor, Tensor)",
     _fake_backward,
 )
 def backward(
     d: Tensor, gate: Tensor, up: Tensor, h_gate: Tensor, b_gate: Tensor, s_gate: float,
-    h_up: Tensor, b_up: Tensor, s_up: float, a: Tensor, dh: Tensor, activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dgate, dup [T, F], dA [r, F] in float32) from d = dy W and dh of down."""
+    h_up: Tensor, b_up: Tensor, s_up: float, a: Tensor, dh: Tensor, activation: str, room: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dgate beside dup [T, 2F + room], dA [r, F] in float32) from d = dy W and dh of down.
+
+    Args:
+        room: columns behind the two, which are left as they are.
+    """
     tile_rows, tile_columns, warps, stages, programs = _BACKWARD
     rows, width = gate.shape
-    dgate, dup = gate.new_empty(rows, width), gate.new_empty(rows, width)
+    both = gate.new_empty(rows, 2 * width + room)
     da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if not rows:
-        return dgate, dup, da.zero_()
+        return both, da.zero_()
     strips, tiles = -(-width // tile_columns), -(-rows // tile_rows)
     parts = min(tiles, -(-programs * multiprocessors(gate.device) // strips))
     run = -(-tiles // parts) * tile_rows
@@ -231,12 +235,12 @@ def backward(
     d, dh = rows_without_gaps(d), rows_without_gaps(dh)
     given = _given(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a)
     _backward_kernel[(strips, parts)](
-        d, d.stride(0), *given, dh, dh.stride(0), dgate, dup, da_parts, rows, width, run,
+        d, d.stride(0), *given, dh, dh.stride(0), both, both.shape[1], da_parts, rows, width, run,
         activation, _depth(a, b_gate, b_up), tile_rows, tile_columns, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     sum_parts(da_parts, da)
-    return dgate, dup, da
+    return both, da
 
 
 def _given(

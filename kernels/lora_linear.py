@@ -6,11 +6,12 @@ Mathematics (Hu et al. 2021, arXiv 2106.09685), for each projection of x [T, I]:
     dA = dh^T drop(x)          dB = s dy^T h              dW = dy^T x, dbias = sum dy when trained
 s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
 
-Order of the products. The skinny h B^T is written first and the large GEMM adds itself to it
-(beta = 1), which hides the addition in the GEMM's epilogue: 2.86 ms against 3.26 for the other
-order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over
-[x | h] [W | sB]^T was no faster and wants the weights laid out anew. The A of all projections are
-one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
+Order of the products. The skinny h B^T is written first, with a residual if y is to be added to
+one (`low_rank_sum`), and the large GEMM adds itself to it (beta = 1), which hides the addition in
+the GEMM's epilogue: 2.86 ms against 3.26 for the other order and 2.88 for the base alone (8192 x
+4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over [x | h] [W | sB]^T was no faster and wants
+the weights laid out anew. The A of all projections are one skinny GEMM. dh and dB are made in one
+pass over dy (`rank_gradients`).
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
@@ -19,6 +20,12 @@ its owner, who hands the copy over as `rounded`; its gradient is then float32, w
 between. A frozen weight may be a function that makes the dense matrix (nf4, int8): it is called
 once in each direction, and its result is dropped after its GEMM, so that the allocator hands out
 one buffer again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
+
+Neighbours. Where the dy of a group are columns of one matrix, and its weights lie one under the
+other or can be made so (see `neighbours`), dx is one product: of q, k and v, or gate and up, two
+or one times less of [T, I] is read and written. Where there is room behind the weights for A, and
+behind the dy for dh, dh A is part of that product: [dy | dh] [W; A]. So is, for projections whose
+h B^T is added elsewhere, h in the forward pass: [y | h] = x [W; A]^T.
 
 Sharding (FSDP2, DeepSpeed ZeRO-3): call from inside the forward of the module whose hook gathers
 the parameters. Gradient checkpointing may wrap the call. Of what is kept, frozen weights that are
@@ -31,59 +38,33 @@ Shape legend: T tokens, I inputs, O outputs, r rank of one projection, R sum of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from regrow.kernels.dropout import draw_seed, seeded_dropout
-from regrow.kernels.float8 import Float8Weight, dequantize, float8_product, quantize_rows
+from regrow.kernels.dropout import draw_seed
+from regrow.kernels.float8 import Float8Weight, float8_product, quantize_rows
+from regrow.kernels.low_rank_sum import low_rank_sum
 from regrow.kernels.matmul import matmul_exact
+from regrow.kernels.neighbours import Gap, columns_of_one, rows_of_one
+from regrow.kernels.projection import (
+    Drop,
+    Projection,
+    below,
+    below_with_adapters,
+    check,
+    check_residual,
+    constants_of,
+    dense,
+    dropped,
+    group_of,
+    tensors_of,
+)
 from regrow.kernels.rank_gradients import one_pass
-
-Base = Tensor | Callable[[], Tensor] | Float8Weight
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer y = x W^T + scaling (x A^T) B^T + bias; without a and b only the base."""
-
-    weight: Base  # [O, I]; a function that makes it, or 8 bits of it, when it is frozen
-    a: Tensor | None = None  # [r, I]
-    b: Tensor | None = None  # [O, r]
-    scaling: float = 1.0
-    bias: Tensor | None = None  # [O]
-    rounded: Tensor | None = None  # weight in the dtype of x, where its owner keeps it so
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] as the products take it."""
-        if self.rounded is not None and self.rounded.dtype == dtype:
-            return self.rounded
-        return dense(self.weight, dtype)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[0]
-
-
-Drop = tuple[float, int]  # probability and seed of the low-rank path's dropout
-
-
-def dropped(x: Tensor, drop: Drop) -> Tensor:
-    """x with the same elements dropped whenever it is asked with the same seed."""
-    p, seed = drop
-    return seeded_dropout(x, p, seed) if p > 0 else x
-
-
-def dense(weight: Base, dtype: torch.dtype) -> Tensor:
-    """The matrix [O, I] itself."""
-    if isinstance(weight, Float8Weight):
-        return dequantize(weight.rows_OI, weight.row_scales_O).to(dtype)
-    return (weight if isinstance(weight, Tensor) else weight()).to(dtype)
-
 
 # ---- reference ----
 
@@ -106,7 +87,11 @@ def cast_adapters(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(all A in one matrix [R, I], B of each projection), as the products take them."""
     matrices = [projection.a for projection in group if projection.a is not None]
-    bs = [None if projection.b is None else projection.b.to(dtype) for projection in group]
+    bs: list[Any] = [projection.b for projection in group]
+    alike = len({projection.rank for projection in group}) == 1 and len(group) > 1
+    if matrices and alike and bs[0].dtype != dtype:  # neighbours, for one pass (`rank_gradients`)
+        bs = list(torch.cat(bs).to(dtype).split([len(b) for b in bs]))
+    bs = [None if b is None else b.to(dtype) for b in bs]
     if not matrices:
         return None, bs
     return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype), bs
@@ -119,18 +104,43 @@ def project(
     bs: Sequence[Tensor | None],
     drop: Drop,
     h_TR: Tensor | None = None,
+    residual_TO: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(y [T, O] of each projection, h [T, R] of all, None when none has an adapter).
 
     Args:
         h_TR: where it is made already; `a_RI` is not looked at then.
+        residual_TO: is added to the y of the only projection.
     """
     if h_TR is None and a_RI is not None:
         h_TR = dropped(x_TI, drop) @ a_RI.t()
     eighth = quantize_rows(x_TI) if _is_float8(group) else None
     parts = _parts(h_TR, group)
-    ys = [_one(x_TI, eighth, p, h, b) for p, h, b in zip(group, parts, bs, strict=True)]
+    assert residual_TO is None or len(group) == 1
+    ys = [
+        _one(x_TI, eighth, p, h, b, residual_TO) for p, h, b in zip(group, parts, bs, strict=True)
+    ]
     return ys, h_TR
+
+
+def project_apart(
+    x_TI: Tensor, group: Sequence[Projection], a_RI: Tensor, drop: Drop
+) -> tuple[Tensor, ...]:
+    """(x W^T [T, O] of each projection ..., h [T, R] of all), not added up."""
+    joint = below_with_adapters(group, a_RI, drop)
+    if joint is None:
+        return *project_bases(x_TI, group), dropped(x_TI, drop) @ a_RI.t()
+    weights: list[Any] = [p.weight for p in group]
+    return (x_TI @ joint.t()).split([*(weight.shape[0] for weight in weights), len(a_RI)], 1)
+
+
+def project_bases(x_TI: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
+    """x W^T [T, O] of each projection; columns of one matrix where the weights are neighbours."""
+    whole = below(group, x_TI.dtype) if all(p.bias is None for p in group) else None
+    frozen = [replace(p, a=None, b=None) for p in group] if whole is None else [whole]
+    ys, _ = project(x_TI, frozen, None, [None] * len(frozen), (0.0, 0))
+    weights: list[Any] = [p.weight for p in group]
+    return ys if whole is None else ys[0].split([weight.shape[0] for weight in weights], 1)
 
 
 def _one(
@@ -139,23 +149,38 @@ def _one(
     projection: Projection,
     h_Tr: Tensor | None,
     b_Or: Tensor | None,
+    residual_TO: Tensor | None,
 ) -> Tensor:
-    bias = None if projection.bias is None else projection.bias.to(x_TI.dtype)
-    if isinstance(projection.weight, Float8Weight):
+    weight, kind = projection.weight, x_TI.dtype
+    low = None if h_Tr is None or b_Or is None else (h_Tr, b_Or, projection.scaling)
+    bias = None if projection.bias is None else projection.bias.to(kind)
+    if isinstance(weight, Float8Weight):
         assert x8 is not None
-        weight = projection.weight
-        y_TO = float8_product(*x8, weight.rows_OI, weight.row_scales_O, x_TI.dtype)
-        if h_Tr is not None and b_Or is not None:
-            y_TO.addmm_(h_Tr, b_Or.t(), alpha=projection.scaling)
-        return y_TO if bias is None else y_TO.add_(bias)
-    if h_Tr is None or b_Or is None:
-        return linear(x_TI, projection.matrix(x_TI.dtype), bias)
-    if bias is None:
-        y_TO = x_TI.new_empty(len(x_TI), len(b_Or))
-        y_TO.addmm_(h_Tr, b_Or.t(), beta=0, alpha=projection.scaling)
+        y_TO = float8_product(*x8, weight.rows_OI, weight.row_scales_O, kind)
+        if low is not None and residual_TO is not None:
+            y_TO, residual_TO = low_rank_sum(y_TO, *low, residual_TO), None
+        elif low is not None:
+            y_TO.addmm_(low[0], low[1].t(), alpha=low[2])
+        y_TO = y_TO if bias is None else y_TO.add_(bias)
+    elif low is None:
+        y_TO = linear(x_TI, projection.matrix(kind), bias)
     else:
-        y_TO = torch.addmm(bias, h_Tr, b_Or.t(), alpha=projection.scaling)
-    return y_TO.addmm_(x_TI, projection.matrix(x_TI.dtype).t())
+        y_TO = _begun(*low, bias, residual_TO).addmm_(x_TI, projection.matrix(kind).t())
+        residual_TO = None
+    return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+
+
+def _begun(
+    h_Tr: Tensor, b_Or: Tensor, scaling: float, bias: Tensor | None, residual_TO: Tensor | None
+) -> Tensor:
+    """What the base's product adds itself to."""
+    if residual_TO is not None:
+        y_TO = low_rank_sum(residual_TO, h_Tr, b_Or, scaling, None)
+        return y_TO if bias is None else y_TO.add_(bias)
+    if bias is not None:
+        return torch.addmm(bias, h_Tr, b_Or.t(), alpha=scaling)
+    y_TO = h_Tr.new_empty(len(h_Tr), len(b_Or))
+    return y_TO.addmm_(h_Tr, b_Or.t(), beta=0, alpha=scaling)
 
 
 def rank_gradients(
@@ -163,18 +188,40 @@ def rank_gradients(
     h_TR: Tensor | None,
     group: Sequence[Projection],
     bs: Sequence[Tensor | None],
+    dh_TR: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dh [T, R], None when none has an adapter; dB [O, r] of each projection, exact)."""
+    """(dh [T, R], None when none has an adapter; dB [O, r] of each projection, exact).
+
+    Args:
+        dh_TR: where to write it.
+    """
     ranks = sum(projection.rank for projection in group)
     if not ranks:
         return None, [None] * len(group)
-    dh_TR = dys[0].new_empty(len(dys[0]), ranks)
+    dh_TR = dys[0].new_empty(len(dys[0]), ranks) if dh_TR is None else dh_TR
+    dy, b = _as_one_dy(dys, group, bs)
+    if dy is not None and b is not None and h_TR is not None:
+        widths = [part.shape[1] for part in dys]
+        db_Or = one_pass(dy, h_TR, b, group[0].scaling, dh_TR, widths)
+        return dh_TR, list(db_Or.split(widths))
     dbs: list[Tensor | None] = []
     parts = zip(_parts(h_TR, group), _parts(dh_TR, group), strict=True)
     for dy, projection, b, (h, dh) in zip(dys, group, bs, parts, strict=True):
         has = b is not None and h is not None and dh is not None
-        dbs.append(one_pass(dy, h, b, projection.scaling, dh) if has else None)
+        widths = [dy.shape[1]]
+        dbs.append(one_pass(dy, h, b, projection.scaling, dh, widths) if has else None)
     return dh_TR, dbs
+
+
+def _as_one_dy(
+    dys: Sequence[Tensor], group: Sequence[Projection], bs: Sequence[Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(all dy [T, sum of O], all B [sum of O, r]) of neighbours with one rank and one scaling."""
+    first = group[0]
+    alike = all(p.rank == first.rank and p.scaling == first.scaling for p in group)
+    if len(group) < 2 or not alike:
+        return None, None
+    return columns_of_one(dys), rows_of_one(bs)
 
 
 def input_gradient(
@@ -185,11 +232,28 @@ def input_gradient(
     drop: Drop,
 ) -> Tensor:
     """dx [T, I]."""
-    dx_TI = None if dh_TR is None or a_RI is None else dropped(dh_TR @ a_RI, drop)
-    for dy, projection in zip(dys, group, strict=True):
+    dy = None if dh_TR is None else columns_of_one([*dys, dh_TR])
+    joint = None if dy is None else below_with_adapters(group, a_RI, drop)
+    if dy is not None and joint is not None:
+        return dy @ joint
+    after = _is_float8(group)  # whose product adds to nothing
+    low = None if dh_TR is None or a_RI is None else (dh_TR, a_RI)
+    dx_TI = None if low is None or after else dropped(low[0] @ low[1], drop)
+    for dy, projection in zip(*_as_one(dys, group), strict=True):
         dx_TI = _through_base(dy, projection, dx_TI)
     assert dx_TI is not None, "a group has at least one projection"
+    if low is not None and after:
+        dx_TI = dx_TI.add_(dropped(low[0] @ low[1], drop)) if drop[0] else dx_TI.addmm_(*low)
     return dx_TI
+
+
+def _as_one(
+    dys: Sequence[Tensor], group: Sequence[Projection]
+) -> tuple[Sequence[Tensor], Sequence[Projection]]:
+    """One dy and one projection in place of several, where they are neighbours."""
+    dy = columns_of_one(dys) if len(dys) > 1 else None
+    whole = None if dy is None else below(group, dy.dtype)
+    return (dys, group) if dy is None or whole is None else ([dy], [whole])
 
 
 def _through_base(dy_TO: Tensor, projection: Projection, dx_TI: Tensor | None) -> Tensor:
@@ -257,49 +321,19 @@ def _parts(h_TR: Tensor | None, group: Sequence[Projection]) -> Iterator[Tensor 
         start += rank
 
 
-# ---- between projections and autograd, which sees a flat list of tensors ----
-
-Constants = tuple[Callable[[], Tensor] | Float8Weight | None, float, Tensor | None]
-
-
-def tensors_of(group: Sequence[Projection]) -> list[Any]:
-    """weight (None where it is no plain tensor), a, b, bias of each projection."""
-    return [
-        tensor
-        for p in group
-        for tensor in (p.weight if isinstance(p.weight, Tensor) else None, p.a, p.b, p.bias)
-    ]
-
-
-def constants_of(group: Sequence[Projection]) -> tuple[Constants, ...]:
-    """What of each projection autograd does not see."""
-    return tuple(
-        (None if isinstance(p.weight, Tensor) else p.weight, p.scaling, p.rounded) for p in group
-    )
-
-
-def group_of(tensors: Sequence[Any], constants: Sequence[Constants]) -> list[Projection]:
-    """The projections again, from `tensors_of` and `constants_of`."""
-    group = []
-    for i, (frozen, scaling, rounded) in enumerate(constants):
-        weight, a, b, bias = tensors[4 * i : 4 * i + 4]
-        whole = weight if frozen is None else frozen
-        group.append(Projection(whole, a, b, scaling, bias, rounded))
-    return group
-
-
 # ---- autograd and public ----
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p, seed, constants, *tensors):
+    def forward(ctx, x, residual, p, seed, gap, constants, *tensors):
         x_TI = x.reshape(-1, x.shape[-1])
         group = group_of(tensors, constants)
         a_RI, bs = cast_adapters(group, x.dtype)
-        ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed))
+        residual_TO = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed), residual_TO=residual_TO)
         ctx.save_for_backward(x_TI, h_TR, a_RI, *bs, *tensors)
-        ctx.drop, ctx.constants = (p, seed), constants
+        ctx.drop, ctx.gap, ctx.constants = (p, seed), gap, constants
         return tuple(like(y, x) for y in ys)
 
     @staticmethod
@@ -309,11 +343,13 @@ class _LoRALinear(torch.autograd.Function):
         bs, tensors = rest[:count], rest[count:]
         group = group_of(tensors, ctx.constants)
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
-        wants_x, _, _, _, *wanted = ctx.needs_input_grad
-        dh, dbs = rank_gradients(dys, h_TR, group, bs)
+        wants_x, wants_residual, _, _, _, _, *wanted = ctx.needs_input_grad
+        behind = None if ctx.gap is None or h_TR is None else ctx.gap.behind(dys)
+        dh, dbs = rank_gradients(dys, h_TR, group, bs, behind)
         dx = input_gradient(dys, dh, a_RI, group, ctx.drop) if wants_x else None
         grads = parameter_gradients(dys, x_TI, dbs, dh, group, ctx.drop, wanted)
-        return like(dx, grad_outputs[0]), None, None, None, *grads
+        dresidual = grad_outputs[0] if wants_residual else None
+        return like(dx, grad_outputs[0]), dresidual, None, None, None, None, *grads
 
 
 def like(y_TO: Any, x: Tensor) -> Any:
@@ -326,41 +362,27 @@ def like(y_TO: Any, x: Tensor) -> Any:
     return torch.ops.aten._unsafe_view(y_TO, [*x.shape[:-1], y_TO.shape[-1]])
 
 
-def lora_linear(x: Tensor, *group: Projection, dropout: float = 0.0) -> tuple[Tensor, ...]:
+def lora_linear(
+    x: Tensor,
+    *group: Projection,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    gap: Gap | None = None,
+) -> tuple[Tensor, ...]:
     """y [..., O] of each projection of x [..., I] (q, k and v; or one alone), in the dtype of x.
 
     Args:
+        residual: like y of the only projection, to which it is added.
+        gap: of `gap_for`; whoever makes the gradients of y may leave it behind them.
         dropout: probability of the low-rank path's dropout; one mask for the whole group. Give 0
             in evaluation.
 
     Raises:
         ValueError: when shapes do not fit together.
     """
-    for projection in group:
-        check(x.shape[-1], projection)
+    outputs = [check(x.shape[-1], projection) for projection in group]
+    if residual is not None:
+        check_residual(residual, x, outputs)
     seed = draw_seed() if dropout > 0 else 0
-    return _LoRALinear.apply(x, dropout, seed, constants_of(group), *tensors_of(group))
-
-
-def check(inputs: int, projection: Projection) -> int:
-    """Outputs of the projection (-1 where only its weight's function knows).
-
-    Raises:
-        ValueError: when its shapes do not fit together or do not take `inputs` columns.
-    """
-    weight, a, b = projection.weight, projection.a, projection.b
-    shapes = [getattr(part, "shape", None) for part in (weight, a, b)]
-    outputs = -1 if shapes[0] is None else shapes[0][0]
-    good = shapes[0] is None or shapes[0][1:] == (inputs,)
-    good = good and (a is None) == (b is None)
-    if good and a is not None and b is not None:
-        good = a.shape[1:] == (inputs,) and b.shape[1:] == a.shape[:1]
-        good = good and outputs in (-1, b.shape[0])
-        outputs = b.shape[0]
-    if not good:
-        said = ", ".join(str(None if shape is None else tuple(shape)) for shape in shapes)
-        raise ValueError(
-            "a projection is weight [O, I], a [r, I] and b [O, r] (both or neither), not "
-            f"{said} for {inputs} inputs"
-        )
-    return outputs
+    tensors = tensors_of(group)
+    return _LoRALinear.apply(x, residual, dropout, seed, gap, constants_of(group), *tensors)

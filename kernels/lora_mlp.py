@@ -41,18 +41,23 @@ from regrow.kernels import gated_lora, lora_linear, swiglu
 from regrow.kernels.dropout import draw_seed
 from regrow.kernels.float8 import Float8Weight
 from regrow.kernels.lora_linear import (
-    Drop,
-    Projection,
     cast_adapters,
-    check,
-    constants_of,
-    dropped,
-    group_of,
     input_gradient,
     like,
     parameter_gradients,
     project,
+    project_apart,
     rank_gradients,
+)
+from regrow.kernels.projection import (
+    ROW_BYTES,
+    Drop,
+    Projection,
+    check,
+    check_residual,
+    constants_of,
+    dropped,
+    group_of,
     tensors_of,
 )
 
@@ -61,7 +66,9 @@ _PER_PROJECTION = 4  # tensors
 SLICE_BYTES = 4 << 30
 """Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
 14336 in bfloat16, below the longest rows that fit otherwise."""
-_SLICES_OF_MOST = 4  # a slice is a quarter of it: 18,700 of those tokens keep every GEMM full
+SCARCE_SLICE_BYTES = 128 << 20
+"""The same where memory is short: 2,300 of those tokens."""
+_LARGEST_SLICE = 1 << 30  # bytes of gate and up: 18,700 of those tokens keep every GEMM full
 _ROW_MULTIPLE = 128  # rows of a GEMM tile
 _USUAL_WIDTH = 4  # times the hidden size, where only a weight's function knows
 
@@ -109,9 +116,7 @@ class _Layer:
         a_RH, _, *bs, _ = self.casts
         group = self.group[:2]
         if self.activation.with_adapters:
-            h_TR = dropped(x_TH, drop) @ a_RH.t()
-            frozen = [replace(p, a=None, b=None) for p in group]
-            (gate_TF, up_TF), _ = project(x_TH, frozen, None, (None, None), drop)
+            gate_TF, up_TF, h_TR = project_apart(x_TH, group, a_RH, drop)
             return gate_TF, up_TF, h_TR
         (gate_TF, up_TF), h_TR = project(x_TH, group, a_RH, bs, drop)
         return gate_TF, up_TF, h_TR
@@ -148,25 +153,35 @@ class _Layer:
         split = 2 * _PER_PROJECTION
         kind, with_adapters = self.activation
         dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
-        hidden_TF = da_RF = None
+        hidden_TF = da_RF = inner_dh = None
         if with_adapters:
             through = input_gradient([dy_TH], None, None, outer, drops[1])
             given = through, gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, dh
-            dgate, dup, da_RF = gated_lora.backward(*given, kind)
-            del given
+            width, ranks = gate_TF.shape[1], len(a_RH)
+            both, da_RF = gated_lora.backward(*given, kind, _room(ranks, dy_TH))
+            dgate, dup, inner_dh = both[:, : 2 * width + ranks].split([width, width, ranks], 1)
+            del given, both
         else:
             through = input_gradient([dy_TH], dh, down_a_RF, outer, drops[1])
-            dgate, dup, hidden_TF = swiglu.gated_backward(through, gate_TF, up_TF, kind, True)
+            both, hidden_TF = swiglu.gated_backward(through, gate_TF, up_TF, kind, True)
+            dgate, dup = both.chunk(2, 1)
+            del both
         del through
         of_down = parameter_gradients(
             [dy_TH], hidden_TF, dbs, dh, outer, drops[1], wanted[split:], da_RF
         )
         del hidden_TF
         dys = [dgate, dup]
-        dh, dbs = rank_gradients(dys, h_TR, inner, bs[:2])
+        dh, dbs = rank_gradients(dys, h_TR, inner, bs[:2], inner_dh)
         dx = input_gradient(dys, dh, a_RH, inner, drops[0]) if wants_x else None
         of_inner = parameter_gradients(dys, x_TH, dbs, dh, inner, drops[0], wanted[:split])
         return dx, of_inner + of_down
+
+
+def _room(ranks: int, like: Tensor) -> int:
+    """Columns for them behind others, so that every row begins where it should."""
+    multiple = ROW_BYTES // like.element_size()
+    return -(-ranks // multiple) * multiple
 
 
 def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
@@ -174,7 +189,7 @@ def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
     whole = 2 * width * element * tokens
     if whole <= most:
         return 0
-    slices = -(-whole * _SLICES_OF_MOST // most)
+    slices = -(-whole // min(most, _LARGEST_SLICE))
     return -(-tokens // slices // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
@@ -274,15 +289,18 @@ class _Down(torch.autograd.Function):
     """y from the hidden layer, for a token of `_LoRAMLP`; nothing is saved here."""
 
     @staticmethod
-    def forward(ctx, token, constants, hidden_TF, h_TR, *tensors):
+    def forward(ctx, token, residual, constants, hidden_TF, h_TR, *tensors):
         down = group_of(tensors, constants)
         bs = [None if p.b is None else p.b.to(token.dtype) for p in down]
-        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR)
+        residual_TH = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR, residual_TH)
         return like(y_TH, token)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return grad_outputs[0], *(None,) * (len(ctx.needs_input_grad) - 1)
+        _, wants_residual, *others = ctx.needs_input_grad
+        (dy,) = grad_outputs
+        return dy, dy if wants_residual else None, *(None,) * len(others)
 
 
 class _InSlices(torch.autograd.Function):
@@ -300,7 +318,9 @@ class _InSlices(torch.autograd.Function):
             y_TH[part] = layer.outer(hidden_TF, h_TR)
         return like(y_TH, x)
 
-    backward = _Down.backward
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0], *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def _token(x: Tensor, layer: _Layer) -> Tensor:
@@ -332,6 +352,7 @@ def lora_mlp(
     *,
     activation: str = "silu",
     dropout: float = 0.0,
+    residual: Tensor | None = None,
     slice_bytes: int = SLICE_BYTES,
 ) -> Tensor:
     """down(act(gate(x)) * up(x)) for x [..., H], in the dtype of x.
@@ -339,6 +360,7 @@ def lora_mlp(
     Args:
         activation: one of `swiglu.ACTIVATIONS`.
         dropout: probability of the low-rank paths' dropout; gate and up share a mask.
+        residual: like the result, which it is added to.
         slice_bytes: where gate and up of all tokens take more, they are not saved but made again,
             a slice of the tokens at a time.
 
@@ -350,6 +372,8 @@ def lora_mlp(
         if widths[0] != widths[1]:
             raise ValueError(f"gate has {widths[0]} outputs and up has {widths[1]}")
         check(widths[0], down)
+    if residual is not None:
+        check_residual(residual, x, [-1])
     if activation not in swiglu.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(swiglu.ACTIVATIONS)}")
     group = (gate, up, down)
@@ -362,7 +386,9 @@ def lora_mlp(
     tensors = tensors_of(group)
     if rows:
         token = _SlicedLoRAMLP.apply(x, *settings, rows, *tensors)
-        return _InSlices.apply(token, x, *settings, rows, *tensors)
+        y = _InSlices.apply(token, x, *settings, rows, *tensors)
+        return y if residual is None else residual + y
     token, hidden, *h = _LoRAMLP.apply(x, *settings, *tensors)
     of_down = tensors_of([down])
-    return _Down.apply(token, constants_of([down]), hidden, h[0] if h else None, *of_down)
+    low = h[0] if h else None
+    return _Down.apply(token, residual, constants_of([down]), hidden, low, *of_down)

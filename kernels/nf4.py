@@ -18,7 +18,9 @@ Shape legend: O outputs, I inputs, N = O I, B scales of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ class Scales:
         return cls(
             state.absmax, state.blocksize, more.code, more.absmax, state.offset, more.blocksize
         )
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A frozen weight [O, I] in 4 bits, which makes the dense matrix each time it is called."""
+
+    holder: Tensor  # of the half-bytes: its data are other ones where FSDP2 has gathered it again
+    code: Tensor
+    scales: Scales
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor:
+        return dequantize(self.holder.data, self.code, self.scales, self.shape, self.dtype)
 
 
 # ---- reference ----
@@ -122,14 +138,20 @@ def _fake_dequantize(
 )
 def _dequantize(packed, code, values, code2, scale2, offset, block, block2, rows, columns, dtype):
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
-    words = out.numel() // _WORD
-    nested = code2 is not None
-    _dequantize_kernel[(-(-words // _BLOCK),)](
-        packed.reshape(-1).view(torch.int32), code, values,
-        code2 if nested else code, scale2 if nested else code, offset if nested else code, out,
-        words, block // _WORD, block2, nested, _BLOCK, num_warps=8,
-    )  # fmt: skip
+    scales = Scales(values, block, code2, scale2, offset, block2)
+    _write(packed, code, scales, out)
     return out
+
+
+def _write(packed: Tensor, code: Tensor, scales: Scales, out: Tensor) -> None:
+    """The weight into contiguous `out` [O, I]."""
+    words = out.numel() // _WORD
+    nested = scales.code2 is not None
+    more = (scales.code2, scales.scale2, scales.offset) if nested else (code,) * 3
+    _dequantize_kernel[(-(-words // _BLOCK),)](
+        packed.reshape(-1).view(torch.int32), code, scales.values_B, *more, out, words,
+        scales.block // _WORD, scales.block2, nested, _BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 # ---- public ----
@@ -146,6 +168,10 @@ def takes(packed: Tensor, shape: tuple[int, ...], block: int) -> bool:
     )
 
 
+def _runs(packed: Tensor, code: Tensor, scales: Scales, shape: tuple[int, int]) -> bool:
+    return uses_triton("nf4", code) and takes(packed, shape, scales.block)
+
+
 def dequantize(
     packed: Tensor, code: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
@@ -155,7 +181,21 @@ def dequantize(
         packed: half-bytes in row order, of any dtype, contiguous.
         code: the 16 values, float32.
     """
-    tensors = [scales.values_B, scales.code2, scales.scale2, scales.offset]
-    if not uses_triton("nf4", code) or not takes(packed, shape, scales.block):
+    if not _runs(packed, code, scales, shape):
         return reference(packed, code, scales, shape, dtype)
+    tensors = [scales.values_B, scales.code2, scales.scale2, scales.offset]
     return _dequantize(packed, code, *tensors, scales.block, scales.block2, *shape, dtype)
+
+
+def dequantize_below(weights: Sequence[Nf4Weight], dtype: torch.dtype, room: int = 0) -> Tensor:
+    """The weights [O, I], one under the other in one matrix [sum of O + room, I] in `dtype`."""
+    first = weights[0]
+    ends = list(accumulate(weight.shape[0] for weight in weights))
+    joint = torch.empty(ends[-1] + room, first.shape[1], dtype=dtype, device=first.code.device)
+    for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
+        given = weight.holder.data, weight.code, weight.scales
+        if _runs(*given, weight.shape) and not torch.compiler.is_compiling():
+            _write(*given, joint[start:end])
+        else:
+            joint[start:end] = dequantize(*given, weight.shape, dtype)
+    return joint

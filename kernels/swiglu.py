@@ -70,7 +70,7 @@ def _gated_forward_kernel(gate, up, out, width, gate_stride, up_stride, KIND: tl
 
 
 @jit
-def _gated_backward_kernel(dout, gate, up, dgate, dup, out, width, gate_stride, up_stride,
+def _gated_backward_kernel(dout, gate, up, both, out, width, gate_stride, up_stride,
                            KIND: tl.constexpr, HAS_OUT: tl.constexpr,
                            BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -81,8 +81,9 @@ def _gated_backward_kernel(dout, gate, up, dgate, dup, out, width, gate_stride, 
     g = tl.load(gate + row * gate_stride + column, mask=seen, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=seen, other=0.0).to(tl.float32)
     value, slope = activate(g, KIND)
-    tl.store(dgate + place, d * u * slope, mask=seen)
-    tl.store(dup + place, d * value, mask=seen)
+    dgate = both + 2 * row * width + column
+    tl.store(dgate, d * u * slope, mask=seen)
+    tl.store(dgate + width, d * value, mask=seen)
     if HAS_OUT:
         tl.store(out + place, value * u, mask=seen)
 
@@ -111,20 +112,19 @@ def gated_forward(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
 
 
 def _fake_backward(dout, gate, up, activation, wants_out):
-    shapes = gate.shape, gate.shape, gate.shape if wants_out else (0,)
-    return tuple(gate.new_empty(shape) for shape in shapes)
+    rows, width = gate.shape
+    return gate.new_empty(rows, 2 * width), gate.new_empty(gate.shape if wants_out else (0,))
 
 
 @custom_op(
     "gated_backward",
-    "(Tensor dout, Tensor gate, Tensor up, str activation, bool wants_out)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor gate, Tensor up, str activation, bool wants_out) -> (Tensor, Tensor)",
     _fake_backward,
 )
 def gated_backward(
     dout_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str, wants_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dgate, dup, out): the gradients, and the forward pass's output again or [0]."""
+) -> tuple[Tensor, Tensor]:
+    """(dgate beside dup [T, 2F], the forward pass's output again or [0])."""
     if not uses_triton("gated activation", gate_TF, up_TF):
         return _backward_torch(dout_TF, gate_TF, up_TF, activation, wants_out)
     dout_TF, gate_TF, up_TF = (
@@ -133,15 +133,15 @@ def gated_backward(
         rows_without_gaps(up_TF),
     )
     rows, width = gate_TF.shape
-    dgate, dup = torch.empty_like(dout_TF), torch.empty_like(dout_TF)
+    both = dout_TF.new_empty(rows, 2 * width)
     out = torch.empty_like(dout_TF) if wants_out else dout_TF.new_empty(0)
     grid = (rows, -(-width // _BLOCK))
     if rows:
         _gated_backward_kernel[grid](
-            dout_TF, gate_TF, up_TF, dgate, dup, out, width, gate_TF.stride(0), up_TF.stride(0),
+            dout_TF, gate_TF, up_TF, both, out, width, gate_TF.stride(0), up_TF.stride(0),
             activation, wants_out, _BLOCK,
         )  # fmt: skip
-    return dgate, dup, out
+    return both, out
 
 
 def rows_without_gaps(x: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ def rows_without_gaps(x: Tensor) -> Tensor:
 
 def _backward_torch(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str, wants_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What the kernel does, in PyTorch, for where Triton does not run."""
     exact = torch.promote_types(gate.dtype, torch.float32)
     d, g, u = (t.to(exact) for t in (dout, gate, up))
     value, slope = _activate_torch(g, activation)
     kind = gate.dtype
     out = (value * u).to(kind) if wants_out else dout.new_empty(0)
-    return (d * u * slope).to(kind), (d * value).to(kind), out
+    return torch.cat([d * u * slope, d * value], 1).to(kind), out
 
 
 def _activate_torch(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -193,8 +193,8 @@ class _Gated(torch.autograd.Function):
         gate_TF, up_TF = ctx.saved_tensors
         (dout,) = grad_outputs
         dout_TF = dout.reshape(gate_TF.shape)
-        dgate, dup, _ = gated_backward(dout_TF, gate_TF, up_TF, ctx.activation, False)
-        return dgate.view(dout.shape), dup.view(dout.shape), None
+        both, _ = gated_backward(dout_TF, gate_TF, up_TF, ctx.activation, False)
+        return *(part.view(dout.shape) for part in both.chunk(2, 1)), None
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:

@@ -86,10 +86,14 @@ class Group:
         """Process ids of the ranks that have ended."""
         return [pid for pid in self.pids if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
 
-    def finish(self, grace: float = 30.0) -> list[int]:
-        """Wait for all; when one fails the others get a moment, SIGTERM, and then SIGKILL."""
+    def finish(self, grace: float = 30.0, limit: float = 600.0) -> list[int]:
+        """Wait for all; when one fails, or none ends within the limit (a collective operation that
+        hangs), the others get a moment, SIGTERM, and then SIGKILL."""
         statuses: dict[int, int] = {}
+        latest = time.monotonic() + limit
         while not any(statuses.values()) and len(statuses) < len(self.pids):
+            if time.monotonic() > latest:
+                break
             for pid in self.ended_unread(statuses):
                 statuses[pid] = self._forker.wait(pid)
             time.sleep(0.01)

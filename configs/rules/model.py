@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
 from regrow.configs.sections.model import SpecialTokens
+from regrow.configs.zero import zero_stage
 
 
 @rule("model_type")
@@ -120,11 +121,9 @@ def float8_bases_are_whole(recipe: Recipe, given: frozenset[str]) -> Iterator[Br
     """Their 8 bits are made once, by the process that holds all of a weight."""
     if not (recipe.fp8 and recipe.uses_adapter):
         return
-    zero = (recipe.deepspeed or {}).get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else 0
     for key, divides in (
         ("fsdp_config", recipe.fsdp_config is not None),
-        ("deepspeed", stage == 3),
+        ("deepspeed", zero_stage(recipe.deepspeed) == 3),
         ("tensor_parallel_size", recipe.tensor_parallel_size > 1),
     ):
         if divides:

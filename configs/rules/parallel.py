@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from regrow.configs.optimizers import BY_ELEMENT
 from regrow.configs.recipe import Recipe
 from regrow.configs.rules.rule import Breach, rule
+from regrow.configs.zero import zero_stage
 
 
 @rule("deepspeed", "fsdp_config")
@@ -41,7 +42,7 @@ def deepspeed_is_a_configuration(recipe: Recipe, given: frozenset[str]) -> Itera
     if not isinstance(zero, dict):
         return
     path = ("deepspeed", "zero_optimization")
-    stage = zero.get("stage", 0)
+    stage = zero_stage(config)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield (*path, "stage"), "expected 0, 1, 2 or 3", "Use 3, which divides the weights too"
     for key in ("offload_optimizer", "offload_param"):
@@ -122,16 +123,22 @@ def muon_sees_whole_matrices(recipe: Recipe, given: frozenset[str]) -> Iterator[
 _PLAIN = "Use adamw_torch_fused"
 
 
-@rule("tensor_parallel_size", "context_parallel_size", "load_in_4bit", "num_processes")
+@rule(
+    *("tensor_parallel_size", "context_parallel_size", "num_processes"),
+    *("load_in_8bit", "quantize_moe_experts"),
+)
 def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """Tensor parallelism makes one copy over all processes, of a base that is not quantized."""
+    """Tensor parallelism makes one copy over all processes; of quantized bases it divides those
+    whose linear layers are in 4 bits."""
     size, local, key = recipe.tensor_parallel_size, recipe.num_processes, ("tensor_parallel_size",)
     if size == 1:
         return
     if recipe.context_parallel_size > 1:
         yield key, "its processes cannot share rows too", "Remove `context_parallel_size`"
-    if recipe.load_in_4bit or recipe.load_in_8bit:
-        yield key, "a quantized base cannot be divided", "Remove it: each process then has a copy"
+    if recipe.load_in_8bit:
+        yield key, "a base in 8 bits cannot be divided", "Use `load_in_4bit: true`, or remove it"
+    if recipe.quantize_moe_experts:
+        yield key, "quantized experts cannot be divided", "Remove it: each process then has a copy"
     if local is not None and size % local:
         why = f"it must be the number of all processes, of which a machine has {local}"
         yield key, why, f"Use {local}, or `fsdp_config` to divide the model otherwise"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from regrow.configs.kernels import KernelName
-from regrow.configs.sections.section import Count, NotNegative, Positive, Section, Texts, Whole
+from regrow.configs.sections.section import Count, Gib, NotNegative, Positive, Section, Texts, Whole
 
 
 class FsdpConfig(Section):
@@ -105,8 +105,13 @@ class ParallelSection(Section):
     tensor_parallel_size: Count = 1
     """Processes that each hold a part of every layer and compute it together, on GPUs: all
     processes of the training (tensor parallelism, by Transformers' plan for the architecture). For
-    full training and LoRA on a base that is not quantized; our kernels are off. Beside
-    `fsdp_config`, FSDP2 divides over as many more processes instead. Default 1."""
+    full training, LoRA and QLoRA in 4 bits; our kernels are off. Beside `fsdp_config`, FSDP2
+    divides over as many more processes instead. Default 1."""
+
+    gpu_memory_limit: Gib | None = None
+    """Of each GPU's memory training fills no more than so many GiB; as text with a unit, too:
+    `17GiB`, `16000MiB`, `18GB`, `18000MB`. `gradient_checkpointing: auto` keeps to it, and
+    `regrow plan` counts with it; CUDA's own memory, under 1 GiB, is beside it. Default: all."""
 
     time_limit: Positive | None = None
     """Minutes after which training saves a checkpoint and ends; the next run goes on from there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -59,6 +60,24 @@ Fraction = Annotated[float, _NotBool, Field(ge=0, lt=1)]
 
 Ratio = Annotated[float, _NotBool, Field(ge=0, le=1)]
 """A number from 0 to 1."""
+
+_UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+AMOUNT = r"^\s*(\d*[1-9]\d*(?:\.\d*)?|\d*\.\d*[1-9]\d*)\s*([GgMm][Ii]?[Bb])\s*$"
+"""Of a text that says an amount of memory with its unit."""
+
+
+def _in_gib(value: Any) -> Any:
+    """`16000MiB` as a number of GiB."""
+    if not (isinstance(value, str) and value.strip()[-1:].isalpha()):
+        return value
+    found = re.match(AMOUNT, value)
+    if found is None:
+        raise PydanticCustomError("amount", "expected GiB, or a number with GiB, MiB, GB or MB")
+    return float(found[1]) * _UNITS[found[2].lower()] / 2**30
+
+
+Gib = Annotated[float, BeforeValidator(_in_gib), _NotBool, Field(gt=0)]
+"""An amount of memory above 0 in GiB; as text also with a unit: GiB, MiB, GB or MB."""
 
 # The pattern, of any text, keeps `configs/schema.py` from taking a number for the text.
 _TEXTS_SCHEMA = {

@@ -23,6 +23,7 @@ from regrow.kernels import linear_cross_entropy as lce
 from regrow.kernels import lora_linear, lora_mlp, nf4, rms_norm, swiglu
 from regrow.kernels import rope as rope_op
 from regrow.kernels.float8 import Float8Weight
+from regrow.kernels.projection import Projection
 
 Op = Callable[..., Any]
 
@@ -120,15 +121,11 @@ def group_inputs(sizes: Sequence[tuple[int, int]], rank: int) -> list[Tensor]:
     return tensors
 
 
-def group(tensors: Sequence[Tensor]) -> list[lora_linear.Projection]:
-    return [
-        lora_linear.Projection(*tensors[i : i + 3], scaling=2.0) for i in range(0, len(tensors), 3)
-    ]
+def group(tensors: Sequence[Tensor]) -> list[Projection]:
+    return [Projection(*tensors[i : i + 3], scaling=2.0) for i in range(0, len(tensors), 3)]
 
 
-def in_8_bits(
-    projections: Sequence[lora_linear.Projection], made: dict[int, Float8Weight]
-) -> list[lora_linear.Projection]:
+def in_8_bits(projections: Sequence[Projection], made: dict[int, Float8Weight]) -> list[Projection]:
     """The projections over 8-bit weights, which are rounded on the first call alone."""
     for projection in projections:
         weight = projection.weight
@@ -139,8 +136,8 @@ def in_8_bits(
 
 
 def in_4_bits(
-    projections: Sequence[lora_linear.Projection], made: dict[int, Callable[[], Tensor]]
-) -> list[lora_linear.Projection]:
+    projections: Sequence[Projection], made: dict[int, Callable[[], Tensor]]
+) -> list[Projection]:
     """The projections over random weights in nf4 with double quantization."""
 
     def weight(shape: Any, scale: float) -> Callable[[], Tensor]:

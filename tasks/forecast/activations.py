@@ -20,7 +20,7 @@ HALF, FULL = 2, 4
 KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 """As `regrow.tasks.modeling.kernels` names them."""
 
-SLICE_BYTES, SLICES_OF_MOST = 4 << 30, 4
+SLICE_BYTES, SCARCE_SLICE_BYTES, LARGEST_SLICE = 4 << 30, 128 << 20, 1 << 30
 """Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices."""
 LARGEST_RANK = 32
 """Of `regrow.kernels.gated_lora`: of the adapters whose updates the activation's kernel makes."""
@@ -59,6 +59,8 @@ class Compute:
     """Whether products are of 16 bits; float32 otherwise."""
     tokens: int = 0
     """Of a micro-batch: long ones go through the MLP's kernel in slices."""
+    scarce: bool = False
+    """Whether memory is short, so that the slices are smaller."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,26 @@ def attention_results(layer: Layer) -> int:
 def attention_backward_bytes(layer: Layer) -> float:
     """Bytes a token that attention's backward pass needs beside what is kept.
 
-    Gradients of its result and of q, k and v; FlashAttention 2 adds the queries' gradients up in
-    float32, and makes those of keys and values for every query head first (`mha_varlen_bwd`).
+    Gradients of its result and of q, k and v, and what the kernel makes for itself.
     """
     sizes, others = layer.shape.attention, layer.compute.context
     q, out = sizes.query_heads * sizes.head_size, sizes.query_heads * sizes.value_size
     kv = sizes.kv_heads * (sizes.head_size + sizes.value_size) * others
+    return HALF * (q + kv + out) + flash_bytes(layer)
+
+
+def flash_bytes(layer: Layer) -> float:
+    """Bytes a token inside of attention's backward pass.
+
+    FlashAttention 2 adds the queries' gradients up in float32, and makes those of keys and values
+    for every query head first (`mha_varlen_bwd`).
+    """
+    sizes = layer.shape.attention
+    q, out = sizes.query_heads * sizes.head_size, sizes.query_heads * sizes.value_size
     inside = FULL * (q + sizes.query_heads)
     if sizes.kv_heads != sizes.query_heads:
-        inside += HALF * (q + out) * others
-    return HALF * (q + kv + out) + inside
+        inside += HALF * (q + out) * layer.compute.context
+    return inside
 
 
 def attention_bytes(layer: Layer) -> float:
@@ -256,9 +268,10 @@ def slice_share(layer: Layer) -> float:
     whole = 2 * HALF * width * tokens
     if "mlp" not in layer.compute.kernels or layer.shape.family.fused_gate_up:
         return 1.0
-    if whole <= SLICE_BYTES:
+    most = SCARCE_SLICE_BYTES if layer.compute.scarce else SLICE_BYTES
+    if whole <= most:
         return 1.0
-    slices = -(-whole * SLICES_OF_MOST // SLICE_BYTES)
+    slices = -(-whole // min(most, LARGEST_SLICE))
     return min(1.0, -(-tokens // slices // 128) * 128 / tokens)
 
 

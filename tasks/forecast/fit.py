@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from regrow.tasks.forecast.memory import (
-    CONTEXT,
-    FRAGMENTATION,
-    GIB,
-    Memory,
-    Setting,
-    host_bytes,
-    memory,
-)
+from regrow.tasks.forecast.memory import CONTEXT, GIB, Memory, Setting, host_bytes, memory
 from regrow.tasks.forecast.setting import NONE, OFFLOAD, POLICIES
 
 _MOST_TOKENS = 16_384
 """In one micro-batch that is chosen: more brings no speed. The peers' best rates on an H100 were at
 8,192 (8B) and 16,384 (1B) tokens, 2026-11-21."""
 _SPARE = 0.05
-"""Share of the room left free by what is chosen: the model is within 10 % and mostly too high."""
+"""Of what comes and goes, the share that is left free by what is chosen: what stays is counted
+exactly, the rest within a few percent (`tests/bench/memory-h100.md`), fragmentation apart."""
+_SHARED = 1 * GIB
+"""Left free as well where there are several processes. Assumed: NCCL's buffers."""
 _STAYING = 0.8
 """Of what the device has to spare, the share that activations fill which could be offloaded."""
 _HOST_SHARE = 0.9
@@ -71,6 +66,8 @@ class Choice:
     micro_batch: int
     checkpointing: bool | str
     why: str = ""
+    fits: bool = True
+    """False where nothing does."""
 
 
 def choose(wish: Wish | None, room: Room | None, asked: Choice) -> Choice:
@@ -87,27 +84,46 @@ def choose(wish: Wish | None, room: Room | None, asked: Choice) -> Choice:
         return asked
     if room is None:
         return replace(asked, why="no GPU is known here, so the most careful choice")
-    most = room.device * (1 - _SPARE)
     for micro_batch, checkpointing in _choices(wish, room):
-        needed = reserved(memory(wish.at(micro_batch, checkpointing)))
-        if needed <= most:
-            why = f"it leaves {(room.device - needed) / GIB:.0f} GiB free"
+        setting = wish.at(micro_batch, checkpointing)
+        if left(setting, room) >= 0:
+            free = room.device - memory(setting).reserved
+            why = f"it leaves {free / GIB:.{0 if free > GIB else 1}f} GiB free"
             return Choice(micro_batch, checkpointing, why)
     least = list(_choices(wish, room))[-1]
-    return Choice(*least, "nothing fits; this takes the least")
+    return Choice(*least, _why_nothing(wish, room), fits=False)
+
+
+def _why_nothing(wish: Wish, room: Room) -> str:
+    if room.host is not None:
+        for size, checkpointing in _choices(wish, replace(room, host=None)):
+            setting = wish.at(size, checkpointing)
+            if checkpointing == OFFLOAD and left(setting, room) >= 0:
+                waits = _waiting(setting, room) / GIB
+                return (
+                    f"nothing fits; {OFFLOAD} would, but {waits:.1f} GiB would wait in the host's "
+                    f"memory, and it has only {room.host / GIB:.1f} GiB free"
+                )
+    return "nothing fits; this takes the least"
+
+
+def _waiting(setting: Setting, room: Room) -> float:
+    """Bytes that wait in the host's memory: what does not stay on the device."""
+    return host_bytes(setting) - staying(setting, room)
 
 
 def staying(setting: Setting, room: Room) -> float:
     """Bytes of the offloaded activations for which the device has room after all."""
     if setting.policy != OFFLOAD:
         return 0.0
-    spare = _STAYING * (room.device * (1 - _SPARE) - reserved(memory(setting)))
-    return min(max(spare, 0.0), host_bytes(setting))
+    return min(max(_STAYING * left(setting, room), 0.0), host_bytes(setting))
 
 
-def reserved(found: Memory) -> float:
-    """Bytes that torch takes of the GPU."""
-    return found.allocated * (1 + FRAGMENTATION)
+def left(setting: Setting, room: Room) -> float:
+    """Bytes of the room that can be counted on beside the setting; below 0: it is too large."""
+    found = memory(setting)
+    others = _SHARED if setting.division.processes > 1 else 0.0
+    return room.device - others - found.reserved - _SPARE * found.passing
 
 
 def _choices(wish: Wish, room: Room) -> Iterator[tuple[int, bool | str]]:
@@ -119,8 +135,7 @@ def _choices(wish: Wish, room: Room) -> Iterator[tuple[int, bool | str]]:
     for checkpointing in ways:
         for size in sizes:
             if checkpointing == OFFLOAD and wish.checkpointing is None:
-                setting = wish.at(size, OFFLOAD)
-                waiting = host_bytes(setting) - staying(setting, room)
+                waiting = _waiting(wish.at(size, OFFLOAD), room)
                 if room.host is not None and waiting > _HOST_SHARE * room.host:
                     continue
             yield size, checkpointing
@@ -181,6 +196,6 @@ def _faster(wish: Wish, device_memory: int) -> list[str]:
     micro = wish.micro_batch or 1
     if wish.checkpointing in (None, False, NONE):
         return []
-    if memory(wish.at(micro, False)).total <= device_memory * (1 - _SPARE):
+    if left(wish.at(micro, False), Room.of_device(device_memory)) >= 0:
         return ["gradient_checkpointing: false would fit too, and saves recomputing"]
     return []

@@ -11,7 +11,7 @@ from regrow.infra.devices import local_gpus
 from regrow.tasks.forecast import devices
 from regrow.tasks.forecast.data import Amount
 from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose
-from regrow.tasks.forecast.memory import GIB, Memory, Setting, host_bytes, memory
+from regrow.tasks.forecast.memory import CONTEXT, GIB, Memory, Setting, host_bytes, memory
 from regrow.tasks.forecast.recipe_setting import Model, careful, read_model, wish_of
 from regrow.tasks.forecast.setting import OFFLOAD
 from regrow.tasks.forecast.trainable import Trainable, UnknownTargetsError
@@ -74,8 +74,19 @@ def placement_of(
     if "auto" not in (recipe.micro_batch_size, recipe.gradient_checkpointing):
         return asked
     model = read_model(place)
+    device = _limited(device, recipe.gpu_memory_limit)
     wish = _wish(recipe, model, processes)
     return choose(wish, _room(device), _least(recipe, asked))
+
+
+def _limited(device: devices.Device | None, gib: float | None) -> devices.Device | None:
+    """What training may fill of a GPU, which need not be known; CUDA's own memory is beside it."""
+    if gib is None:
+        return device
+    most = round(gib * GIB + CONTEXT)
+    if device is None:
+        return devices.Device("GPU", most)
+    return replace(device, memory=min(device.memory, most))
 
 
 def _room(device: devices.Device | None) -> Room | None:
@@ -113,6 +124,7 @@ def forecast(
         processes: training processes, one on each GPU.
     """
     model = read_model(place)
+    device = _limited(device, recipe.gpu_memory_limit)
     choice = careful(recipe)
     course = _course(recipe, amount) if amount else None
     beside = _side_by_side(model)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.configs.zero import zero_stage
 from regrow.tasks.forecast.activations import FULL, HALF, KERNELS
 from regrow.tasks.forecast.fit import Wish
 from regrow.tasks.forecast.model_shape import ModelShape
@@ -148,7 +149,7 @@ def division_of(sharding: Sharding, processes: int) -> Division:
     if processes == 1 or sharding.deepspeed is None:
         return Division(processes, context=context)
     zero = _mapping(sharding.deepspeed.get("zero_optimization"), "zero_optimization")
-    stage = zero.get("stage", 0)
+    stage = zero_stage(sharding.deepspeed)
     if stage not in (0, 1, 2, 3):
         raise StageError(f"deepspeed: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
     return Division(

@@ -4,7 +4,7 @@ Everything follows from the model's shape and from what the worker does: weights
 are float32 with float32 gradients, a frozen base is bfloat16, 8 or 4 bits under float32 adapters;
 layers keep what `activations` says. The peak is the fullest of four moments: when the loss is
 computed, when the last layer's backward pass begins, when the backward pass ends, in the
-optimizer's step. Sums are exact where tensors are counted; WORKSPACE, CONTEXT and FRAGMENTATION are
+optimizer's step. Sums are exact where tensors are counted; WORKSPACE, CONTEXT and fragmentation are
 not counted but assumed, and say so.
 """
 
@@ -40,9 +40,10 @@ WORKSPACE = 96 * 2**20
 small buffers."""
 CONTEXT = 0.8 * GIB
 """Assumed: CUDA's context and torch's loaded kernels; `tests/bench/memory_table.py` measures it."""
-FRAGMENTATION = 0.03
-"""Share that torch reserves beyond what it allocates: 0.5 to 2.8 % in the peers' runs on an H100
-with packed rows, 2026-11-21."""
+_FRAGMENTATION = 0.08
+"""Share that torch reserves beyond what it allocates, of what comes and goes. GiB in use, reserved,
+of which stayed: 51.66 55.28 6.1 (a row of 400,000 tokens, offload: 8 %), 43.81 44.97 15.4 (weights
+laid anew: 4 %), 34.14 34.81 5.8, 16.50 16.57 15.4, 6.99 7.05 5.8 (H100, 2026-11-22)."""
 LOSS_BUDGET = 5 * 2**28
 """Bytes of logits at a time: `LOGITS_BYTES` of `regrow.kernels.linear_cross_entropy`."""
 SCARCE_LOSS_BUDGET = 2**28
@@ -67,6 +68,8 @@ class Memory:
     moment: str
     """When that is."""
     notes: tuple[str, ...] = ()
+    lasting: float = 0.0
+    """Bytes of them that are there all the time, counted tensor by tensor."""
 
     @property
     def allocated(self) -> float:
@@ -74,9 +77,24 @@ class Memory:
         return sum(self.parts.values())
 
     @property
+    def passing(self) -> float:
+        """Bytes of what comes and goes."""
+        return self.allocated - self.lasting
+
+    @property
+    def fragmentation(self) -> float:
+        """Assumed: what torch takes of the GPU beyond that."""
+        return _FRAGMENTATION * self.passing
+
+    @property
+    def reserved(self) -> float:
+        """What torch takes of the GPU: `torch.cuda.max_memory_reserved`."""
+        return self.allocated + self.fragmentation
+
+    @property
     def total(self) -> float:
         """What the GPU must have."""
-        return self.allocated * (1 + FRAGMENTATION) + CONTEXT
+        return self.reserved + CONTEXT
 
 
 def memory(setting: Setting) -> Memory:
@@ -85,7 +103,7 @@ def memory(setting: Setting) -> Memory:
     moments = _moments(setting)
     moment, dynamic = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {**static, **dynamic, "workspace": _workspace(setting) + dynamic.get("workspace", 0)}
-    return Memory(parts, moment, tuple(_notes(setting)))
+    return Memory(parts, moment, tuple(_notes(setting)), sum(static.values()))
 
 
 # ---- what is there all the time ----
@@ -277,9 +295,9 @@ def _in_attention(setting: Setting, layers: list[Layer], kept: float) -> float:
 
 def _checkpointed(setting: Setting, layer: Layer) -> float:
     """Bytes a token that stay of a layer which is computed again."""
-    if setting.policy == OFFLOAD:  # one on its way, one that is used, and those that stay
-        stays = setting.stays / (setting.tokens * setting.shape.layers)
-        return 2 * stream_bytes(layer) / setting.shape.layers + stays
+    if setting.policy == OFFLOAD:  # one on its way, and those that stay, one of them used
+        stays = max(setting.stays / setting.tokens, stream_bytes(layer))
+        return (stream_bytes(layer) + stays) / setting.shape.layers
     kept = stream_bytes(layer)
     if setting.policy == SELECTIVE:
         kept += attention_results(layer)
@@ -387,8 +405,9 @@ def backward_bytes(layer: Layer) -> float:
     width, hidden = mlp_width(layer), layer.shape.hidden
     if "mlp" in layer.compute.kernels or "experts" in layer.compute.kernels:
         share, again = slice_share(layer), 0 if adapts_inside(layer) else 1
-        if share < 1:  # gate and up of a slice as well, and the input's gradient of all of them
-            return (5 + again) * HALF * width * share + HALF * hidden
+        if share < 1:  # of a slice also gate, up and product; of all the input's gradient and, as
+            # `tests/bench/fake_gpu.py` counts, one more line of the stream
+            return (6 + again) * HALF * width * share + 2 * HALF * hidden
         return (3 + again) * HALF * width
     if layer.frozen:
         inside = (HALF + FULL if layer.compute.bits == 16 else 2 * HALF) * width
@@ -458,7 +477,7 @@ def as_json(found: Memory) -> dict[str, Any]:
     return {
         "parts": {name: round(size) for name, size in found.parts.items()},
         "allocated": round(found.allocated),
-        "fragmentation": round(found.allocated * FRAGMENTATION),
+        "fragmentation": round(found.fragmentation),
         "context": round(CONTEXT),
         "total": round(found.total),
         "moment": found.moment,

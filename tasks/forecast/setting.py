@@ -122,6 +122,7 @@ class Setting:
             self.division.context,
             halves=self.dtype_bytes == HALF,
             tokens=self.tokens,
+            scarce=self.policy == OFFLOAD,
         )
 
     def layers(self) -> Iterator[Layer]:

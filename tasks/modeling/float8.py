@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from regrow.kernels.float8 import Float8Weight
-from regrow.kernels.lora_linear import Projection, lora_linear
+from regrow.kernels.lora_linear import lora_linear
+from regrow.kernels.projection import Projection
 from regrow.tasks.modeling.quantization import require_package
 from regrow.tasks.stage import StageError
 
@@ -79,14 +81,20 @@ class Float8Linear(nn.Module):
         self._merged = [] if merged is None else merged
         self._in_8_bits: Float8Weight | None = None
         self._state: tuple[Any, ...] = ()
+        self._together: list[Float8Linear] = [self]  # no child: a list
 
     def in_8_bits(self) -> Float8Weight:
         """The weight, rounded row by row and column by column."""
-        weight = self.weight
-        state = weight.device, weight.data_ptr(), weight._version, *self._merged
-        if self._in_8_bits is None or state != self._state:
-            self._in_8_bits, self._state = Float8Weight.of(weight.detach()), state
+        if self._in_8_bits is None or self._state != self._seen():
+            made = Float8Weight.of_group([linear.weight.detach() for linear in self._together])
+            for linear, weight in zip(self._together, made, strict=True):
+                linear._in_8_bits, linear._state = weight, linear._seen()
+        assert self._in_8_bits is not None
         return self._in_8_bits
+
+    def _seen(self) -> tuple[Any, ...]:
+        weight = self.weight
+        return weight.device, weight.data_ptr(), weight._version, *self._merged
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
@@ -94,6 +102,12 @@ class Float8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+def round_together(linears: Sequence[Float8Linear]) -> None:
+    """Layers of one input: their weights are rounded as one, and can be multiplied as one."""
+    for linear in linears:
+        linear._together, linear._in_8_bits = list(linears), None
 
 
 def freeze_in_float8(model: nn.Module, device: str) -> int:

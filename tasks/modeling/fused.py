@@ -10,13 +10,18 @@ Shape legend: T tokens, N query heads, K key heads, D head size, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from regrow.kernels.lora_linear import lora_linear
-from regrow.kernels.lora_mlp import lora_mlp
+from regrow.kernels.lora_mlp import SLICE_BYTES, lora_mlp
+from regrow.kernels.neighbours import Gap
+from regrow.kernels.projection import Projection, gap_for
 from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation
@@ -80,17 +85,28 @@ class FusedMLP(nn.Module):
         self.act_fn = mlp.act_fn
         self._activation = activation
         self.rounded: RoundedWeights | None = None
+        self.slice_bytes = SLICE_BYTES
+        self.room: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layers_of_one_input(self) -> tuple[nn.Module, ...]:
+        """Whose weights are multiplied at once, where they lie so (`joint_weights`)."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., H] -> [..., H], to which `residual` is added."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if not are_ready(layers):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return y if residual is None else residual + y
         x = in_compute_dtype(x)
-        gate, up, down = (projection_of(layer, self.rounded, x.dtype) for layer in layers)
+        if residual is not None and residual.dtype != x.dtype:
+            return residual + self.forward(x)
+        gate, up, down = projections_of(layers, self.rounded, x.dtype)
+        up = up if self.room is None else replace(up, room=self.room)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_mlp(
-                x, gate, up, down, activation=self._activation, dropout=dropout_of(layers)
-            )
+            how: Any = {"activation": self._activation, "residual": residual}
+            how |= {"dropout": dropout_of(layers), "slice_bytes": self.slice_bytes}
+            return lora_mlp(x, gate, up, down, **how)
 
 
 class FusedGateUpMLP(nn.Module):
@@ -116,13 +132,29 @@ class FusedGateUpMLP(nn.Module):
 
 
 def fused_linear(
-    x: Tensor, *layers: nn.Module, rounded: RoundedWeights | None = None
+    x: Tensor,
+    *layers: nn.Module,
+    rounded: RoundedWeights | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of layers of one input, with their adapters, as one autograd node."""
+    """The outputs of layers of one input, with their adapters, as one autograd node.
+
+    Args:
+        residual: is added to the only output.
+    """
     x = in_compute_dtype(x)
+    if residual is not None and residual.dtype != x.dtype:
+        return (residual + fused_linear(x, *layers, rounded=rounded)[0],)
     with torch.autocast(x.device.type, enabled=False):
-        projections = [projection_of(layer, rounded, x.dtype) for layer in layers]
-        return lora_linear(x, *projections, dropout=dropout_of(layers))
+        group = projections_of(layers, rounded, x.dtype)
+        return lora_linear(x, *group, dropout=dropout_of(layers), residual=residual)
+
+
+def projections_of(
+    layers: Sequence[nn.Module], rounded: RoundedWeights | None, dtype: torch.dtype
+) -> list[Projection]:
+    """What the kernels multiply by."""
+    return [projection_of(layer, rounded, dtype) for layer in layers]
 
 
 class FusedAttention(nn.Module):
@@ -146,6 +178,7 @@ class FusedAttention(nn.Module):
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._offset = family.norm_offset
         self.rounded: RoundedWeights | None = None
+        self.room: Tensor | None = None
         norm = getattr(attention, "q_norm", None)
         self._eps = 0.0 if norm is None else epsilon_of(norm)
 
@@ -154,50 +187,72 @@ class FusedAttention(nn.Module):
         """What runs in the kernel beside the products."""
         return ["rope"] * self._rotates + ["qk_norm"] * (self._rotates and self._eps > 0)
 
+    @property
+    def begins_with_residual(self) -> bool:
+        """Whether adding one to the result costs less here than in the norm after it."""
+        return isinstance(self._modules["o_proj"], LoraLayer)
+
+    def layers_of_one_input(self) -> list[nn.Module]:
+        """Whose weights are multiplied at once, where they lie so (`joint_weights`)."""
+        children: Any = self._modules
+        return [children[name] for name in self._inputs]
+
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        residual: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [1, T, H]; as Transformers calls an attention layer."""
+        """hidden_states [1, T, H]; as Transformers calls an attention layer.
+
+        Args:
+            residual: is added to the result.
+        """
         children: Any = self._modules
-        layers: list[nn.Module] = [children[name] for name in self._inputs]
+        layers = self.layers_of_one_input()
         output: nn.Module = children["o_proj"]
         packed = past_key_values is None and kwargs.get("cu_seq_lens_q") is not None
         if not packed or not are_ready([*layers, output]):
-            return self._before[0](
+            y, weights = self._before[0](
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q_TND, k_TKD, v_TKD = self._heads(hidden_states, layers)
-        q_TND, k_TKD = self._turned(q_TND, k_TKD, position_embeddings)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TKD, v_TKD))
+            return y if residual is None else residual + y, weights
+        turned = self._turned(*self._heads(hidden_states, layers), position_embeddings)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in turned)
         kwargs |= {"sliding_window": self.sliding_window, "softcap": self._softcap}
         out, _ = packed_attention_forward(
             self, q, k, v, attention_mask, scaling=self.scaling, **kwargs
         )
-        return fused_linear(out.flatten(2), output, rounded=self.rounded)[0], None
+        x = out.flatten(2)
+        return fused_linear(x, output, rounded=self.rounded, residual=residual)[0], None
 
-    def _heads(self, hidden: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-        """q [T, N, D], k and v [T, K, D]."""
-        found = fused_linear(hidden, *layers, rounded=self.rounded)
+    def _heads(self, hidden: Tensor, layers: list[nn.Module]) -> tuple[list[Tensor], Gap | None]:
+        """(q [T, N, D], k and v [T, K, D]; what to leave free behind their gradients)."""
+        hidden = in_compute_dtype(hidden)
+        group = projections_of(layers, self.rounded, hidden.dtype)
+        group[-1] = group[-1] if self.room is None else replace(group[-1], room=self.room)
+        gap = gap_for(group, hidden.dtype) if self._rotates and len(group) > 1 else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = lora_linear(hidden, *group, dropout=dropout_of(layers), gap=gap)
         if len(found) == 1:  # Phi-3: one matrix for the three
             heads: Any = self.config
             sizes = (heads.num_attention_heads, *2 * (heads.num_key_value_heads,))
             found = found[0].split([size * self.head_dim for size in sizes], dim=-1)
-        return [x.reshape(hidden.shape[1], -1, self.head_dim) for x in found]
+        return [x.reshape(hidden.shape[1], -1, self.head_dim) for x in found], gap
 
     def _turned(
-        self, q_TND: Tensor, k_TKD: Tensor, angles: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, heads: list[Tensor], gap: Gap | None, angles: tuple[Tensor, Tensor]
+    ) -> Sequence[Tensor]:
         if not self._rotates:
-            return q_TND, k_TKD
+            return heads
+        q_TND, k_TKD, v_TKD = heads
         half = angles[0].shape[-1] // 2  # the second half repeats the first
         cos, sin = (angle[0, :, :half] for angle in angles)
         norms: dict[str, Any] = {}
@@ -206,7 +261,9 @@ class FusedAttention(nn.Module):
             names = {"q_weight_D": "q_norm", "k_weight_D": "k_norm"}
             norms = {name: children[norm].weight for name, norm in names.items()}
             norms |= {"eps": self._eps, "offset": self._offset}
-        return rope(q_TND, k_TKD, cos, sin, **norms)
+        if gap is None:
+            return *rope(q_TND, k_TKD, cos, sin, **norms), v_TKD
+        return rope(q_TND, k_TKD, cos, sin, v_TKD=v_TKD, gap=gap, **norms)
 
 
 def input_names(attention: nn.Module) -> tuple[str, ...]:

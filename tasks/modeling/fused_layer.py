@@ -1,9 +1,10 @@
 """A decoder layer whose sums of the residual stream are computed with its norms.
 
-A layer of Llama's kind is x + attention(norm(x)), then x + mlp(norm(x)). The first sum is made in
-the pass of the second norm, and what reaches x on the way back, from its norm and from beside it,
-is added in the pass of that norm's gradient: 17 passes over [T, H] in place of 22 a layer. The last
-sum stays in the layer, which so hands on one tensor as the layer before it did.
+A layer of Llama's kind is x + attention(norm(x)), then x + mlp(norm(x)). Under an adapter a sum is
+begun with it, and the last product of attention or MLP adds itself (`low_rank_sum`); else the first
+sum is made in the pass of the second norm. What reaches x on the way back, from its norm and from
+beside it, is added in the pass of that norm's gradient. Of 22 passes over [T, H] a layer 17 are
+left, under adapters 14. The layer hands on one tensor as the layer before it did.
 
 The layer is one of a subclass of its own class, with the same name: Transformers (gradient
 checkpointing, outputs that are recorded) and FSDP (what is wrapped) know it by either.
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.tasks.modeling.fused import FusedNorm
+from regrow.tasks.modeling.fused import FusedAttention, FusedMLP, FusedNorm
 
 
 class _WithSums:
@@ -26,8 +27,15 @@ class _WithSums:
         """hidden_states [..., T, H], and by name whatever the layer's attention takes."""
         layer: Any = self
         normed, stream = layer.input_layernorm(hidden_states, beside=True)
-        attended = layer.self_attn(hidden_states=normed, **kwargs)[0]
-        normed, stream = layer.post_attention_layernorm(attended, stream)
+        attention = layer.self_attn
+        if isinstance(attention, FusedAttention) and attention.begins_with_residual:
+            stream, _ = attention(hidden_states=normed, residual=stream, **kwargs)
+            normed, stream = layer.post_attention_layernorm(stream, beside=True)
+        else:
+            attended = attention(hidden_states=normed, **kwargs)[0]
+            normed, stream = layer.post_attention_layernorm(attended, stream)
+        if isinstance(layer.mlp, FusedMLP):
+            return layer.mlp(normed, stream)
         return stream + layer.mlp(normed)
 
 

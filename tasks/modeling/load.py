@@ -61,7 +61,8 @@ def load_model(
     transformers_logging.disable_progress_bar()  # stages tell how far they are in their own way
     directory = _model_directory(path)
     config, runs = _usable_config(directory, trust_remote_code, attention)
-    quantized = quantization.config() if quantization else _stored_quantization(config, directory)
+    own = quantization and quantization.config(divided=tensor_parallel_size > 1)
+    quantized = own or _stored_quantization(config, directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -6,7 +6,7 @@ find every parameter where it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.kernels import nf4
-from regrow.kernels.lora_linear import Projection
+from regrow.kernels.projection import Projection
 from regrow.tasks.modeling.float8 import Float8Linear
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
@@ -105,7 +105,7 @@ def projection_of(
 def _weight(base: Any) -> Any:
     if isinstance(base, Float8Linear):
         return base.in_8_bits()
-    return _Dequantized(base.weight, _quant_state(base)) if _is_4bit(base) else base.weight
+    return _in_4_bits(base) if _is_4bit(base) else base.weight
 
 
 def _quant_state(base: Any) -> Any:
@@ -115,20 +115,15 @@ def _quant_state(base: Any) -> Any:
     return state if state is not None else getattr(base, "quant_state", None)
 
 
-class _Dequantized:
-    """Makes the dense matrix of a weight in 4 bits, each time it is called."""
+def _in_4_bits(base: Any) -> Callable[[], Tensor]:
+    """What makes the dense matrix of a weight in 4 bits, each time it is called."""
+    weight, state = base.weight, _quant_state(base)
+    if weight.is_cuda and getattr(state, "quant_type", "") == "nf4":
+        scales = nf4.Scales.of(state)
+        return nf4.Nf4Weight(weight, state.code, scales, tuple(state.shape), state.dtype)
+    from bitsandbytes.functional import dequantize_4bit
 
-    def __init__(self, weight: Any, state: Any) -> None:
-        self._weight, self._state = weight, state
-
-    def __call__(self) -> Tensor:
-        state, packed = self._state, self._weight.data
-        if packed.is_cuda and getattr(state, "quant_type", "") == "nf4":
-            scales = nf4.Scales.of(state)
-            return nf4.dequantize(packed, state.code, scales, tuple(state.shape), state.dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(packed, state)
+    return lambda: dequantize_4bit(weight.data, state)
 
 
 def dropout_of(layers: Sequence[nn.Module]) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,11 @@ class Quantization:
         times = "double quantization" if double else "simple quantization"
         return f"{kind}, {times}{with_experts}"
 
-    def config(self) -> BitsAndBytesConfig:
+    def config(self, *, divided: bool = False) -> BitsAndBytesConfig:
         """As Transformers takes it.
+
+        Args:
+            divided: of a model in 4 bits whose layers are divided over processes.
 
         Raises:
             StageError: bitsandbytes is missing, or an argument is not what it takes.
@@ -75,6 +78,10 @@ class Quantization:
             config = BitsAndBytesConfig(**{key: True, **self.settings})
         except (TypeError, ValueError, AttributeError) as error:
             raise StageError(f"bnb_config_kwargs: {error}") from error
+        if divided:
+            from regrow.tasks.modeling.quantized_parts import in_parts
+
+            return in_parts(config)
         if not self.experts:
             return config
         from regrow.tasks.modeling.quantized_experts import experts_too
@@ -85,6 +92,28 @@ class Quantization:
         """Whether a linear layer of this name is: all but the output head and those left out."""
         left_out = self.settings.get("llm_int8_skip_modules") or ["lm_head"]
         return not any(part in name.split(".") or name.endswith(part) for part in left_out)
+
+
+def by_own_quantizer(config: Any, method: str, quantizer: Callable[[], type]) -> Any:
+    """A `BitsAndBytesConfig` like `config`, which Transformers gives to a quantizer of ours.
+
+    Args:
+        method: our name among Transformers' quantization methods.
+        quantizer: makes the class.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+
+    if method not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(method)(quantizer())
+
+    class OwnConfig(BitsAndBytesConfig):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.quant_method = method  # type: ignore[assignment]
+
+    settings = {k: v for k, v in config.to_dict().items() if not k.startswith(("_", "quant_m"))}
+    return OwnConfig(**settings)
 
 
 def require_package(install: str, module: str, key: str) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from regrow.tasks.modeling.quantization import by_own_quantizer
+
 aten = torch.ops.aten
 
 
@@ -204,21 +206,8 @@ def experts_too(config: Any) -> Any:
     Raises:
         ImportError: bitsandbytes is missing.
     """
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
-
     bits = 8 if config.load_in_8bit else 4
-    method = f"{_METHOD}_{bits}"
-    if method not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(method)(_quantizer(bits))
-
-    class ExpertsConfig(BitsAndBytesConfig):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings)
-            self.quant_method = method  # type: ignore[assignment]
-
-    settings = {k: v for k, v in config.to_dict().items() if not k.startswith(("_", "quant_m"))}
-    return ExpertsConfig(**settings)
+    return by_own_quantizer(config, f"{_METHOD}_{bits}", lambda: _quantizer(bits))
 
 
 def _quantizer(bits: int) -> type:

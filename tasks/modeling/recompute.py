@@ -12,6 +12,8 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from regrow.kernels.linear_cross_entropy import SCARCE_LOGITS_BYTES
+from regrow.kernels.lora_mlp import SCARCE_SLICE_BYTES
+from regrow.tasks.modeling.fused import FusedMLP
 from regrow.tasks.modeling.loss_head import LossHead
 
 POLICIES = ("none", "selective", "full", "offload")
@@ -62,21 +64,23 @@ def _attends(operation: str) -> bool:
     return name in _KEPT or of_package
 
 
-def make_fewer_logits(model: Any) -> None:
-    """At a time, where memory is short."""
-    for head in model.modules():
-        if isinstance(head, LossHead):
-            head.logits_bytes = SCARCE_LOGITS_BYTES
+def take_smaller_parts(model: Any) -> None:
+    """Of the logits and of each MLP's tokens at a time, where memory is short."""
+    for module in model.modules():
+        if isinstance(module, LossHead):
+            module.logits_bytes = SCARCE_LOGITS_BYTES
+        if isinstance(module, FusedMLP):
+            module.slice_bytes = SCARCE_SLICE_BYTES
 
 
 def recompute_layers(model: Any, policy: str, use_reentrant: bool) -> None:
     """Let a Transformers model, or PEFT's cover of one, follow a policy from now on.
 
-    Where even the layers' inputs leave the device, fewer logits are made at a time as well.
+    Where even the layers' inputs leave the device, logits and MLPs take smaller parts as well.
     Not through `TrainingArguments`: reporters write those as JSON, which functions are not.
     """
     if policy == "offload":
-        make_fewer_logits(model)
+        take_smaller_parts(model)
     how = checkpoint_arguments(policy, use_reentrant)
     if how is None:
         return

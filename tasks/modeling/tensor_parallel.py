@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from regrow.tasks.modeling.quantized_parts import is_part
 from regrow.tasks.stage import StageError
 
 _SUMMED = "replicated_with_grad_allreduce"
@@ -45,7 +46,7 @@ def check_divided(model: nn.Module) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         base: Any = layer.get_base_layer()
-        if not isinstance(getattr(base, "weight", None), DTensor):
+        if not isinstance(getattr(base, "weight", None), DTensor) and not is_part(base):
             continue
         held: Any = [*layer.lora_A.values(), *layer.lora_B.values()]
         parts = [module.weight for module in held]

@@ -83,9 +83,9 @@ class Attempts:
         if place.gradient_checkpointing == "auto":  # what was made out for it was wrong
             self._report.log(
                 "the device has too little memory for what gradient_checkpointing: auto chose: "
-                "going on with all of each layer computed again (the result is the same)"
+                "going on with layers' inputs in the host's memory (the result is the same)"
             )
-            self._change(gradient_checkpointing=True)
+            self._change(gradient_checkpointing="offload")  # no policy takes less
             return
         if not place.retry_on_oom or place.micro_batch_size == 1:
             raise StageError(memory_advice(failure, self.job)) from failure
@@ -143,6 +143,8 @@ def memory_advice(failure: WorkerFailed, job: WorkerJob) -> str:
     elif place.gradient_checkpointing != "offload":
         ways.append("set gradient_checkpointing: offload")
     ways.append("lower sequence_len")
+    if place.gpu_memory_limit:
+        ways.append("raise gpu_memory_limit")
     if job.spec.adapter is None:
         ways.append("train an adapter (adapter: lora)")
     if place.num_processes > 1 and not place.sharding.shards:

@@ -53,6 +53,24 @@ def check_devices(spec: TrainSpec, placement: TrainPlacement, facts: DeviceFacts
         )
 
 
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let torch take no more of the process's GPU; before anything large is put there.
+
+    What is chosen by the memory that there is (`regrow.tasks.train.fitting`) then keeps to it, and
+    what would go beyond it is out of memory.
+    """
+    if gib is None:
+        return
+    if device.type != "cuda":
+        logger.warning("gpu_memory_limit does nothing here: training is on the %s", device.type)
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory
+    share = gib * 2**30 / whole
+    if share > 1:
+        logger.warning("gpu_memory_limit: the GPU has only %.1f GiB", whole / 2**30)
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+
+
 def device_name(device: torch.device) -> str:
     """What the result calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

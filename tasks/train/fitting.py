@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, reserved, staying
+from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, staying
 from regrow.tasks.forecast.job_setting import Facts, wish_of_job
 from regrow.tasks.forecast.memory import GIB, Memory, memory
 from regrow.tasks.forecast.model_shape import UnknownArchitectureError, model_shape
@@ -30,6 +30,10 @@ from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.order import Split
 
 logger = logging.getLogger(__name__)
+
+_HOLES = 2 * GIB
+"""Weights that were laid anew left 1.1 GiB between others (LoRA on Llama-3.1-8B's shape, H100,
+2026-11-22)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ class Fit:
     """Of the rank that has the least."""
     stays: float = 0.0
     """Bytes of activations that stay on the device although others wait on the host."""
+    fits: bool = True
+    """False where "auto" found nothing that does."""
+
+    @property
+    def roomy(self) -> bool:
+        """Whether the device has room for holes between tensors; not where nobody knows."""
+        if self.room is None:  # on a CPU
+            return True
+        if self.policy == OFFLOAD or self.forecast is None:
+            return False
+        return self.room.device - self.forecast.reserved > _HOLES
 
     def record(self) -> dict[str, Any]:
         """As the train stage's result names it."""
@@ -55,6 +70,8 @@ class Fit:
             found["forecast_memory_gib"] = self.forecast.allocated / GIB
         if self.room is not None:
             found["free_memory_gib"] = self.room.device / GIB
+            if self.room.host is not None:
+                found["free_host_memory_gib"] = self.room.host / GIB
         return found
 
 
@@ -77,7 +94,8 @@ def fit(job: WorkerJob, model: Any, kernels: Swapped, split: Split, args: Traini
     if args.world_size > 1:  # one for all, though their libraries might differ
         torch.distributed.broadcast_object_list(found, src=0, device=args.device)
     if found[0].why:
-        logger.info("gradient_checkpointing: %s, %s", found[0].policy, found[0].why)
+        level = logging.INFO if found[0].fits else logging.WARNING
+        logger.log(level, "gradient_checkpointing: %s, %s", found[0].policy, found[0].why)
     return found[0]
 
 
@@ -104,9 +122,11 @@ def decide(asked: bool | str, wish: Wish | None, unknown: str, room: Room | None
     assert found.forecast is not None
     why = (
         f"for micro-batches of {wish.row_tokens * chosen.micro_batch:,} tokens, which take about "
-        f"{reserved(found.forecast) / GIB:.1f} of {room.device / GIB:.1f} GiB"
+        f"{found.forecast.reserved / GIB:.1f} of {room.device / GIB:.1f} GiB"
     )
-    return dataclasses.replace(found, why=why)
+    if not chosen.fits:
+        why += f"; {chosen.why}"
+    return dataclasses.replace(found, why=why, fits=chosen.fits)
 
 
 def _expected(policy: str, why: str, wish: Wish | None, room: Room | None) -> Fit:
@@ -157,7 +177,7 @@ def smallest_room(args: TrainingArguments) -> Room:
 
 def _host_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes that this process may still take: what the host has free, and its container's limit."""
-    left = [_left_of(groups / limit, groups / used) for limit, used in _LIMITS]
+    left = [_left_of(*(groups / name for name in names)) for names in _LIMITS]
     return min([_available(), *left])
 
 
@@ -170,16 +190,24 @@ def _available(table: Path = Path("/proc/meminfo")) -> float:
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-# Control groups of Linux, version 2 and 1: (limit, what is used of it).
+# Control groups of Linux, version 2 and 1: (limit, what is used of it, where cached files stand).
 _LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
+_CACHED = ("inactive_file", "total_inactive_file")
 
 
-def _left_of(limit: Path, used: Path) -> float:
-    """The rest of a limit in bytes, files that are cached and can go counted as used."""
+def _left_of(limit: Path, used: Path, table: Path) -> float:
+    """The rest of a limit in bytes; files that are cached and can go count as free."""
     if not (limit.is_file() and used.is_file()):
         return math.inf
     text = limit.read_text().strip()
-    return math.inf if text == "max" else float(text) - float(used.read_text())
+    if text == "max":
+        return math.inf
+    lines = table.read_text().splitlines() if table.is_file() else []
+    # Version 1 names a group's own files, and those of all below it, which `usage` counts.
+    cached = [
+        int(words[1]) for line in lines if (words := line.split())[:1] and words[0] in _CACHED
+    ]
+    return float(text) - float(used.read_text()) + max(cached, default=0)

@@ -36,6 +36,7 @@ from regrow.tasks.modeling.load import (
     random_model,
 )
 from regrow.tasks.modeling.loss_head import LossTerms
+from regrow.tasks.modeling.quantized_parts import divide_adapters
 from regrow.tasks.modeling.rounds import Rounds
 from regrow.tasks.modeling.rows import PackedRows, Row
 from regrow.tasks.modeling.side_by_side import is_attached
@@ -132,13 +133,17 @@ def _base(job: WorkerJob, *, whole: bool) -> Any:
     spec, trust = job.spec, job.placement.trust_remote_code
     if spec.reinit_weights:
         return random_model(job.base_model, spec.seed, trust_remote_code=trust)
+    size = job.placement.sharding.tensor_parallel_size
+    # bitsandbytes quantizes on the GPU, which may not hold all that it has a part of: the whole is
+    # made in the host's memory, for its adapter's names and values alone.
+    quantization = None if whole and size > 1 else spec.quantization
     return load_model(
         job.base_model,
         # What is trained is float32: in bfloat16 most small updates round to nothing.
         dtype=spec.dtype if spec.adapter else "float32",
         trust_remote_code=trust,
-        quantization=spec.quantization,
-        tensor_parallel_size=1 if whole else job.placement.sharding.tensor_parallel_size,
+        quantization=quantization,
+        tensor_parallel_size=1 if whole else size,
     )
 
 
@@ -182,9 +187,11 @@ def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob, *, whole: bool)
     adapted = add_adapter(model, **settings)
     if divided:
         check_divided(adapted)
+        drawn_whole = divide_adapters(adapted)
         name_whole_sizes(adapted)
-        first = _rank() == 0
-        take_first_values(adapted, trained_parameters(_one_process(job)) if first else None)
+        if not drawn_whole:
+            first = _rank() == 0
+            take_first_values(adapted, trained_parameters(_one_process(job)) if first else None)
         set_seed(job.spec.seed)  # drop out the same on all
     if spec.init == "eva":
         if torch.cuda.is_available():

@@ -77,8 +77,11 @@ def _check_tensor_parallel(spec: TrainSpec, placement: TrainPlacement, processes
             f"tensor_parallel_size: {size} of {processes} training processes: a model divided this "
             "way is one copy over all of them; set it to their number, or use `fsdp_config`"
         )
-    if spec.quantization is not None:
-        raise StageError("tensor_parallel_size: a quantized base cannot be divided; use DDP")
+    if spec.quantization and (spec.quantization.bits == 8 or spec.quantization.experts):
+        raise StageError(
+            "tensor_parallel_size: of quantized bases linear layers in 4 bits alone are divided; "
+            "use `load_in_4bit` without `quantize_moe_experts`, or DDP"
+        )
     others = _not_divided(spec)
     if others:
         raise StageError(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from regrow.configs.zero import zero_stage
+
 if TYPE_CHECKING:
     from regrow.configs.recipe import Recipe
 
@@ -36,14 +38,14 @@ class Sharding:
     @property
     def divides_weights_by_zero(self) -> bool:
         """Whether DeepSpeed leaves each process a part of every weight: ZeRO-3."""
-        return _zero_stage(self) == 3
+        return zero_stage(self.deepspeed) == 3
 
     @property
     def gathers_layers(self) -> bool:
         """Whether all weights of a layer are there while it runs, not those of one child alone."""
         by_layer = (self.fsdp or {}).get("auto_wrap_policy") != "SIZE_BASED_WRAP"
         inside = any(not name.endswith(("Layer", "Block")) for name in self.wrapped_classes)
-        return by_layer and not inside and _zero_stage(self) < 3
+        return by_layer and not inside and zero_stage(self.deepspeed) < 3
 
     @property
     def kernels_apart(self) -> tuple[str, ...]:
@@ -92,8 +94,3 @@ class Sharding:
     def from_json(cls, data: Mapping[str, Any] | None) -> Sharding:
         """The inverse of canonical JSON."""
         return cls(**(data or {}))
-
-
-def _zero_stage(sharding: Sharding) -> int:
-    zero = (sharding.deepspeed or {}).get("zero_optimization")
-    return zero.get("stage", 0) if isinstance(zero, Mapping) else 0

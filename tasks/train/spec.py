@@ -312,6 +312,8 @@ class TrainPlacement:
     trust_remote_code: bool = False
     time_limit: float | None = None
     """Seconds after which training saves and stops, to go on in another run."""
+    gpu_memory_limit: float | None = None
+    """GiB that torch may take of each GPU; None: all of it."""
     hang_timeout: float | None = 1800.0
     """Seconds without any step after which a worker counts as hanging; None: for ever."""
     max_restarts: int = 3
@@ -368,6 +370,7 @@ class TrainPlacement:
             pad_to=recipe.sequence_len if recipe.pad_to_sequence_len else None,
             tf32=bool(recipe.tf32),
             trust_remote_code=recipe.trust_remote_code,
+            gpu_memory_limit=recipe.gpu_memory_limit,
             time_limit=recipe.time_limit and 60 * recipe.time_limit,
             hang_timeout=recipe.hang_timeout and 60 * recipe.hang_timeout,
             max_restarts=recipe.max_restarts,

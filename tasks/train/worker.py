@@ -40,7 +40,7 @@ from regrow.tasks.train.checkpoint import (
 )
 from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_stopped
 from regrow.tasks.train.costs import row_costs, row_lengths
-from regrow.tasks.train.devices import device_name
+from regrow.tasks.train.devices import device_name, limit_memory
 from regrow.tasks.train.export import save_adapter, save_model, save_rounds
 from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.fitting import Fit, fit
@@ -139,6 +139,7 @@ def _arguments(job: WorkerJob) -> TrainingArguments:
     args = training_arguments(job.spec, job.placement, scratch=job.work / "unfinished")
     if args.process_index != 0:
         logging.getLogger("regrow").setLevel(logging.WARNING)  # rank 0 says it for all
+    limit_memory(args.device, job.placement.gpu_memory_limit)
     if args.device.type == "cuda" and job.placement.tf32:
         torch.set_float32_matmul_precision("high")
     return args
@@ -362,6 +363,7 @@ def _build_trainer(
         model_has_loss=trained.kernels.head is not None,
         offloads=fitted.policy == "offload",
         stays=fitted.stays,
+        roomy=fitted.roomy,
         routers=trained.routers,
         batches=batches,
         validation=validation,

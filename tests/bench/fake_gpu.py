@@ -302,18 +302,42 @@ def _waiting(case: Any) -> Iterator[None]:
         yield
         return
 
-    leaving: deque[Any] = deque(maxlen=2)  # on their way
+    newest: deque[Any] = deque(maxlen=2)  # one that stays, one on its way
 
     def pack(tensor: Any) -> Any:
         rows = tensor.shape[-2] if tensor.dim() > 1 else 0
         if rows != case.rows * case.row_tokens:
             return tensor
-        leaving.append(tensor.detach())
-        return tensor.cpu()
+        if newest:
+            newest[-1]["host"] = newest[-1]["here"].cpu()
+        before = newest[-1] if newest else None
+        saved = {"here": tensor.detach(), "host": None, "before": before, "done": False}
+        if len(newest) == 2:  # it has left
+            newest[0]["here"] = None
+        newest.append(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.cuda()):
+    def fetched(saved: Any) -> Any:
+        if saved["here"] is None:
+            saved["here"] = saved["host"].cuda()
+        return saved["here"]
+
+    def unpack(saved: Any) -> Any:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        found, saved["done"] = fetched(saved), True
+        if saved["host"] is not None:
+            saved["here"] = None
+        if saved["before"] is not None and not saved["before"]["done"]:
+            fetched(saved["before"])
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-    leaving.clear()
+    for saved in newest:
+        if saved["host"] is not None:
+            saved["here"] = None
+    newest.clear()
 
 
 def _mark_layers(model: Any, meter: Meter) -> None:
@@ -334,14 +358,14 @@ def measure(case: Any) -> dict[str, float]:
     """Bytes alive at most in each part of the second step."""
     import torch
 
-    from regrow.tasks.modeling.recompute import checkpoint_arguments, make_fewer_logits
+    from regrow.tasks.modeling.recompute import checkpoint_arguments, take_smaller_parts
 
     with metered() as meter:
         meter.word = "making"
         model = build(case)
         how = checkpoint_arguments(case.policy, use_reentrant=False)
         if case.policy == "offload":
-            make_fewer_logits(model)
+            take_smaller_parts(model)
         if how is not None:
             model.activation_checkpointing_enable(how | {"preserve_rng_state": False})
         optimizer, rounded = optimizer_of(case, model)
@@ -373,9 +397,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small model, for a test")
     options = parser.parse_args()
     believe_in_cuda()
+    from regrow.tasks.forecast import activations
     from regrow.tasks.forecast.memory import WORKSPACE
     from tests.bench.memory_table import CASES, GIB, SMALL, predicted
 
+    # What no tensor shows: attention's own sums, and below products' workspaces.
+    activations.flash_bytes = lambda layer: 0.0
     for case in SMALL if options.small else CASES:
         if options.only not in case.name:
             continue
@@ -384,7 +411,6 @@ def main() -> None:
         guess = predicted(case)
         if case.optimizer != "adamw_torch_fused":
             found["peak"] += guess.parts["optimizer"]  # its own code was not run
-        # What no tensor shows: products' workspaces.
         off = (guess.allocated - WORKSPACE) / found["peak"] - 1
         line = {"name": case.name, "off": round(off, 4), "moment": guess.moment}
         line["predicted"] = round((guess.allocated - WORKSPACE) / GIB, 3)

@@ -211,12 +211,11 @@ def matrix(size: Size) -> Iterator[Case]:
     on_gpus = size.device == "cuda"
     for kind in ("full", "lora", "qlora") if on_gpus else ("full", "lora"):
         yield Case(f"matrix{kind}-1", 1, "ddp", kind, size.shallow, size.steps)
-        if kind == "lora" and on_gpus:  # tensor parallelism computes adapters as PEFT does
+        if kind != "full" and on_gpus:  # tensor parallelism computes adapters as PEFT does
             name = f"matrix{kind}-peft-1"
             yield Case(name, 1, "ddp", kind, size.shallow, size.steps, kernels="off")
         for way in ("fsdp2", "ddp", "zero3", "cp", "tp"):
-            refused = way == "tp" and (kind == "qlora" or not on_gpus)
-            if not refused:  # TP: a quantized base is not divided, and Accelerate takes GPUs only
+            if way != "tp" or on_gpus:  # Accelerate takes GPUs only
                 yield Case(f"matrix{kind}-{way}-2", 2, way, kind, size.shallow, size.steps)
 
 
@@ -224,7 +223,7 @@ def is_odd(case: Case) -> bool:
     """Whether it has an adapter that PEFT's own layers computed before 2026-11-22, 15:00; or is
     what such a one is compared with."""
     kind, _, way = case.name.removeprefix("matrix").partition("-")
-    ways = {"qlora": ("1", "fsdp2-2", "zero3-2", "cp-2"), "full": ()}
+    ways = {"qlora": ("1", "peft-1", "fsdp2-2", "zero3-2", "cp-2", "tp-2"), "full": ()}
     return way in ways.get(kind, ("1", "peft-1", "zero3-2", "tp-2"))
 
 

@@ -12,8 +12,9 @@ on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joine
 auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
 micro-batch), `dropout`, `fp8` (1: the frozen base in 8-bit floats), `lora`, `log` (steps between
 lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB that
-torch may take of the GPU), `profile=1` (two more steps under torch.profiler: kernels by kind, the
-longest, the device's idle time), `sync=1` (one more step: where the host waits for the device),
+torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more steps
+under torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one more
+step: where the host waits for the device), `lag=1` (how far the device is behind the host),
 `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on the CPU with
 layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000 tokens of
 chat-like documents; `LONG:doc=400000` is one document.
@@ -104,6 +105,9 @@ def _finished(words: list[str], text: str, limit: float) -> dict[str, Any]:
         said = error.stderr or b""
         tail = said if isinstance(said, str) else said.decode(errors="replace")
         return {"run": text, "ok": False, "error": f"longer than {limit} s", "log": tail[-1500:]}
+    for line in done.stdout.splitlines():
+        if line.startswith("BLOCKS "):
+            print("    " + line, flush=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {"run": text, "ok": False, "error": (done.stdout + done.stderr)[-3000:]}
@@ -126,6 +130,7 @@ def shown(found: dict[str, Any]) -> str:
         + (f", recomputes {found['recomputes']}" if found.get("recomputes") else "")
         + (f"\n    waits {found['waits']}" if "waits" in found else "")
         + (f"\n    {found['watch']}" if "watch" in found else "")
+        + (f"\n    host and lag {found['lag']}" if "lag" in found else "")
     )
 
 

@@ -156,7 +156,9 @@ CASES = (
     Case("8b", "lora", 32768, checkpointing=True),
     Case("8b", "lora", 32768, checkpointing="selective"),
     Case("8b", "lora", 131072, checkpointing="offload"),
+    Case("8b", "lora", 4096, checkpointing="offload", accumulation=2),
     Case("8b", "qlora", 4096, rows=2),
+    Case("8b", "qlora", 4096, checkpointing="offload", accumulation=2),
     Case("8b", "qlora", 2048, checkpointing=True),
     Case("8b", "qlora", 32768, checkpointing=True),
 )

@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.bench.step_blocks import recorded_blocks
+from tests.bench.step_lag import Lag
 from tests.bench.step_profile import Watch, launches_of, summary, waits
 from tests.bench.step_workloads import (
     Workload,
@@ -179,10 +181,10 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     job = make_job(w, models, work)
     _link_tokenizer(job.base_model, work / "rows")
     before = probe(tiny)
-    clock = Clock(w)
+    clock, lag = Clock(w), Lag() if w.lag and not tiny else None
     begin = time.monotonic()
-    with _room(w):
-        result = train(job, [clock.callback])
+    with _room(w), recorded_blocks(bool(w.blocks) and not tiny):
+        result = train(job, [clock.callback, *([lag] if lag else [])])
     seconds = time.monotonic() - begin
     losses = [r["loss"] for r in read_metrics(job.metrics_path) if "loss" in r]
     if not all(map(math.isfinite, losses)):
@@ -193,6 +195,7 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     found |= {"torch": torch.__version__, "device": result["timing"]["device"]}
     if clock.profile is not None:
         found["profile"] = summary(launches_of(clock.profile), 2)
+    found |= {"lag": lag.summary()} if lag else {}
     found |= {"watch": clock.watch} if clock.watch else {}
     found |= {"waits": clock.waits.most_common()} if clock.waits is not None else {}
     return found

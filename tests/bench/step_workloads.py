@@ -70,6 +70,10 @@ class Workload:
     """Tokens of every document; 0: of chat-like lengths."""
     fp8: int = 0
     """Whether the frozen base multiplies in 8-bit floats."""
+    lag: int = 0
+    """Whether it is noted how far the device is behind the host."""
+    blocks: int = 0
+    """Whether the blocks of memory at the peak are listed by the lines that made them."""
     room: float = 0.0
     """GiB that torch may take of the GPU; 0: all of it."""
 
@@ -158,6 +162,7 @@ def write_rows(w: Workload, out: Path) -> list[dict[str, float]]:
     """A prepared artifact; returns each row's tokens, supervised tokens and sum of squares."""
     import pyarrow as pa
 
+    from regrow.tasks.modeling.row_sizes import write_sizes
     from regrow.tasks.modeling.rows import SCHEMA
 
     needed, factor = w.steps * w.rows, 1.3
@@ -186,6 +191,8 @@ def write_rows(w: Workload, out: Path) -> list[dict[str, float]]:
         }
         for line in lines
     ]
+    sizes = [[int(c["tokens"]), int(c["squares"])] for c in counts]
+    write_sizes(out, "train", np.array(sizes, dtype=np.int64))
     split = {
         "shards": [{"file": name, "rows": len(lines)}],
         "rows": len(lines),

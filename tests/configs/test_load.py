@@ -25,6 +25,15 @@ def test_a_minimal_recipe_is_filled_in(load, minimal):
     assert recipe.learning_rate == 2e-4
 
 
+@pytest.mark.parametrize(
+    ("written", "gib"),
+    [("17", 17), ("7.6", 7.6), ("'17'", 17), ("17GiB", 17), ("1024mib", 1), ("2147.483648MB", 2)],
+)
+def test_an_amount_of_memory_is_read_in_its_unit(load, minimal, written, gib):
+    recipe = load(f"{minimal}gpu_memory_limit: {written}\n").recipe
+    assert recipe.gpu_memory_limit == pytest.approx(gib)
+
+
 def test_a_recipe_is_frozen(load, minimal):
     loaded = load(minimal)
     with pytest.raises(pydantic.ValidationError):
@@ -115,6 +124,10 @@ def test_a_key_in_the_wrong_place_is_said_to_be(faults_of, minimal):
         ("lora_r: 1.5", "expected a whole number"),
         ("lora_r: true", "expected a number, not true or false"),
         ("lora_r: 0", "expected a number 1 or more"),
+        ("gpu_memory_limit: 0", "expected a number above 0"),
+        ("gpu_memory_limit: -8GiB", "expected GiB, or a number with GiB, MiB, GB or MB"),
+        ("gpu_memory_limit: 0GiB", "expected GiB, or a number with GiB, MiB, GB or MB"),
+        ("gpu_memory_limit: 16 bananas", "expected GiB, or a number with GiB, MiB, GB or MB"),
         ("weight_decay: .inf", "expected a finite number"),
         ("weight_decay: -1", "expected a number 0 or more"),
         ("lora_dropout: 1", "expected a number below 1"),

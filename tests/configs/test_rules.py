@@ -531,9 +531,15 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "share rows too",
         ),
         (
-            LINEAR.replace("lora", "qlora", 1) + "tensor_parallel_size: 2\nload_in_4bit: true",
+            LINEAR + "tensor_parallel_size: 2\nload_in_8bit: true",
             "tensor_parallel_size",
-            "cannot be divided",
+            "in 8 bits cannot be divided",
+        ),
+        (
+            LINEAR.replace("lora", "qlora", 1)
+            + "tensor_parallel_size: 2\nload_in_4bit: true\nquantize_moe_experts: true",
+            "tensor_parallel_size",
+            "quantized experts",
         ),
         ("tensor_parallel_size: 2\nnum_processes: 4", "tensor_parallel_size", "a machine has 4"),
     ],

@@ -110,6 +110,7 @@ def run_made(
     experiment: str = "regrow",
     watch: Any = None,
     slots: Any = lambda _stage: nullcontext(),
+    journal: Any = None,
 ) -> Session:
     """Run a whole plan, as the flow does, without Prefect; the session, closed."""
     place = Workplace(replace(load_settings(), home=home, store_url=None))
@@ -117,7 +118,8 @@ def run_made(
     place.builder._still_valid = lambda _stage, _record: None
     recipe = mask_secrets(f"base_model: SmolLM2-135M\nname: {plan.name}\nhub_token: hush5678\n")
     origin = Origin(plan.name, recipe, {"learning_rate": 1e-3}, {"prefect.flow_run_id": ""})
-    options = {"watch": watch} if watch else {}
+    options: dict[str, Any] = {"watch": watch} if watch else {}
+    options["journal"] = journal
     session = Session(plan, place, Tracker(tracking_uri, experiment), origin, _quiet, **options)
     for stage in plan.stages:
         session.run(stage, slots)

@@ -19,15 +19,18 @@ from tests.flows.conftest import Place, kill_tree
 SEED = 20261122
 # Runs the recipe up to where it waits for the server, which here is none.
 _UNTIL_THE_SERVER = """
-import sys
+import sys, time
 from regrow.flows import run_command
 from regrow.flows.prefect_server import ServerFailed
 class Server:
-    def __init__(self, home):
+    def __init__(self, home, prefect_home):
         self.database = home / "mlflow.db"
     def start(self):
         print("starts before:", self.database.exists(), "fsspec" in sys.modules)
     def wait(self):
+        end = time.monotonic() + 100
+        while not self.database.exists() and time.monotonic() < end:
+            time.sleep(0.05)
         raise ServerFailed(f"waited for after: {self.database.exists()}")
 run_command.PrivateServer = Server
 sys.exit(run_command.run_recipe(sys.argv[1], []))
@@ -51,6 +54,14 @@ def test_a_home_that_can_hold_nothing_is_named(tmp_path):
     (file := tmp_path / "file").touch()
     settings = replace(load_settings(), home=file / "home", prefect_api_url=None)
     with pytest.raises(SettingError, match=r"REGROW_HOME: .*/file/home can hold nothing"):
+        _server(settings)
+
+
+def test_a_home_of_prefects_that_can_hold_nothing_is_named(tmp_path, monkeypatch):
+    (file := tmp_path / "file").touch()
+    monkeypatch.setenv("PREFECT_HOME", str(file / "prefect"))
+    settings = replace(load_settings(), home=tmp_path / "home", prefect_api_url=None)
+    with pytest.raises(SettingError, match=r"PREFECT_HOME: .*/file/prefect can hold nothing"):
         _server(settings)
 
 

@@ -159,6 +159,7 @@ FIELDS: dict[str, tuple[list[str], set[str] | None]] = {
     "dp_shard_size": (["2", "--fsdp_config={offload_params: true}"], NOTHING),
     "context_parallel_size": (["2"], NOTHING),
     "tensor_parallel_size": (["2"], NOTHING),
+    "gpu_memory_limit": (["17GiB"], NOTHING),
     "time_limit": (["90"], NOTHING),
     "hang_timeout": (["5"], NOTHING),
     "max_restarts": (["1"], NOTHING),

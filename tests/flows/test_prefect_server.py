@@ -49,7 +49,7 @@ def gate(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_a_machine_without_sockets_is_not_told_as_a_bad_home(tmp_path, monkeypatch):
-    def no_socket(_home):
+    def no_socket(_home, _prefect_home):
         raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
 
     monkeypatch.setattr(run_command, "PrivateServer", no_socket)
@@ -60,7 +60,7 @@ def test_a_machine_without_sockets_is_not_told_as_a_bad_home(tmp_path, monkeypat
 def test_address_is_known_before_the_server_is_there(gate, tmp_path, monkeypatch):
     """Prefect reads it when it is imported, which happens while the server comes up."""
     monkeypatch.setattr(prefect_server, "_PROGRAM", _ANSWERS)
-    server = PrivateServer(tmp_path)
+    server = PrivateServer(tmp_path, tmp_path)
     server.start()
     process = server._process
     assert process is not None
@@ -80,7 +80,7 @@ def test_address_is_known_before_the_server_is_there(gate, tmp_path, monkeypatch
 
 def test_server_that_ends_is_told_with_its_log(gate, tmp_path, monkeypatch):
     monkeypatch.setattr(prefect_server, "_PROGRAM", "raise SystemExit('no disk')")
-    server = PrivateServer(tmp_path)
+    server = PrivateServer(tmp_path, tmp_path)
     server.start()
     with pytest.raises(ServerFailed, match=r"its log is .*prefect-server\.log"):
         server.wait()
@@ -89,12 +89,24 @@ def test_server_that_ends_is_told_with_its_log(gate, tmp_path, monkeypatch):
 
 def test_two_that_start_at_once_do_not_make_one_database_together(gate, tmp_path, monkeypatch):
     monkeypatch.setattr(prefect_server, "_PROGRAM", "raise SystemExit(1)")
-    first, second = PrivateServer(tmp_path), PrivateServer(tmp_path)
+    # Of two projects too, whose runs share a database of Prefect's.
+    first = PrivateServer(tmp_path / "one", tmp_path / "prefect")
+    second = PrivateServer(tmp_path / "two", tmp_path / "prefect")
     first.start()
     second.start()
     assert first._process is not None
     assert second._process is None
     assert first._url != second._url
+
+
+def test_who_waits_for_another_runs_server_is_told_and_not_for_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prefect_server, "_WORD_SECONDS", 0.02)
+    monkeypatch.setattr(prefect_server, "_TURN_SECONDS", 0.2)
+    first, second = (PrivateServer(tmp_path / name, tmp_path) for name in ("one", "two"))
+    assert first._is_our_turn()
+    with pytest.raises(ServerFailed, match=r"has been starting, or ending, .*regrow-server\.lock"):
+        second.wait()
+    assert capsys.readouterr().out.count("waiting for another run") == 1
 
 
 def test_prefects_pages_ask_where_they_are_served(monkeypatch, tmp_path):
@@ -148,16 +160,16 @@ print(server.register_blocks_on_start, server.memoize_block_auto_registration)
 def test_a_server_whose_run_was_killed_keeps_others_from_its_database(gate, tmp_path, monkeypatch):
     """Until it has ended: it may be at making it."""
     monkeypatch.setattr(prefect_server, "_PROGRAM", "open(__import__('os').environ['GATE']).read()")
-    killed = PrivateServer(tmp_path)
+    killed = PrivateServer(tmp_path, tmp_path)
     killed.start()
     process = killed._process
     assert process is not None
     killed._lock.close()  # as the kernel does
-    second = PrivateServer(tmp_path)
+    second = PrivateServer(tmp_path, tmp_path)
     second.start()
     assert second._process is None
     _end(process)
-    third = PrivateServer(tmp_path)
+    third = PrivateServer(tmp_path, tmp_path)
     third.start()
     assert third._process is not None
     _end(third._process)

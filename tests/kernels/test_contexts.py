@@ -5,8 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from regrow.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
-from regrow.kernels.lora_linear import Projection, lora_linear
+from regrow.kernels.lora_linear import lora_linear
 from regrow.kernels.lora_mlp import lora_mlp
+from regrow.kernels.projection import Projection
 from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation

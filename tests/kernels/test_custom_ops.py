@@ -9,6 +9,7 @@ from regrow.kernels import (
     float8,  # noqa: F401
     gated_lora,  # noqa: F401
     linear_cross_entropy,  # noqa: F401
+    low_rank_sum,  # noqa: F401
     nf4,  # noqa: F401
     rank_gradients,  # noqa: F401
     rms_norm,  # noqa: F401
@@ -57,7 +58,16 @@ def test_dropout_and_float8():
 
 def test_both_gradients_of_a_rank():
     dy, h = halves(torch.bfloat16)
-    checked("rank_gradients", dy, h[:, :3], torch.randn(8, 3).bfloat16(), 2.0, h.clone()[:, :3])
+    checked(
+        "rank_gradients", dy, h[:, :3], torch.randn(8, 3).bfloat16(), 2.0, h.clone()[:, :3], [8]
+    )
+
+
+def test_low_rank_sum():
+    x, z = halves(torch.float16)
+    h, b = torch.randn(5, 3).half(), torch.randn(8, 3).half()
+    for more in (None, z):
+        checked("low_rank_sum", x, h, b, 2.0, more)
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")
@@ -66,7 +76,7 @@ def test_gated_activation_with_adapters():
     h, b, a = (torch.randn(*shape).to(kind) for shape in ((5, 6), (8, 3), (3, 8)))
     given = gate, up, h[:, :3], b, 2.0, h[:, 3:], b, 1.0, a
     checked("gated_lora_forward", *given, "silu")
-    checked("gated_lora_backward", torch.randn(5, 8).to(kind), *given, h[:, 1:4], "silu")
+    checked("gated_lora_backward", torch.randn(5, 8).to(kind), *given, h[:, 1:4], "silu", 8)
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")
@@ -92,4 +102,5 @@ def test_norms_and_rope():
     for weight in (None, w):
         checked("rope_forward", q, k, cos, sin, weight, weight, 1e-5, 0.0)
         unnormed = (None, None) if weight is None else (q, k)
-        checked("rope_backward", q, k, cos, sin, *unnormed, weight, weight, 1e-5, 0.0)
+        for v in (None, k):
+            checked("rope_backward", q, k, v, cos, sin, *unnormed, weight, weight, 1e-5, 0.0, 4)

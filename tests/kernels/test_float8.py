@@ -11,8 +11,9 @@ from regrow.kernels.float8 import (
     quantize_rows,
     reference,
 )
-from regrow.kernels.lora_linear import Projection, lora_linear
+from regrow.kernels.lora_linear import lora_linear
 from regrow.kernels.lora_mlp import lora_mlp
+from regrow.kernels.projection import Projection
 
 # Half a unit in the last of 4 binary digits; below the smallest normal number of e4m3 (2^-6)
 # rounding is absolute: half of 2^-9 of the scale.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from regrow.kernels import gated_lora, swiglu
+from regrow.kernels import gated_lora, lora_linear, swiglu
 from regrow.kernels.backend import INTERPRETING
-from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
 from regrow.kernels.lora_mlp import lora_mlp, reference
+from regrow.kernels.projection import Projection, constants_of, group_of, tensors_of
 from tests.kernels.conftest import CUDA
 
 # (tokens, width, ranks of gate, up and down): less than a tile; several strips and runs whose ends
@@ -47,13 +47,17 @@ CASES = [(shape, "silu") for shape in SHAPES] + [
 def test_equals_the_formula(agree, device, dtype, shape, activation):
     d, gate, up, adapters, a, dh = given(*shape, device, dtype)
     hidden, h = gated_lora.forward(gate, up, *adapters, a, activation)
-    dgate, dup, da = gated_lora.backward(d, gate, up, *adapters, a, dh, activation)
+    room = len(a)
+    both, da = gated_lora.backward(d, gate, up, *adapters, a, dh, activation, room)
+    assert both[:, -room:].isnan().all()
     assert da.dtype == torch.float32
     exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (gate, up, *adapters, a)]
     leaves = [exact[0].requires_grad_(), exact[1].requires_grad_(), exact[-1].requires_grad_()]
     right = gated_lora.reference(*exact, activation)
     due = torch.autograd.grad(right, leaves, [d.double(), dh.double()])
-    for found, expected in zip((hidden, h, dgate, dup, da), (*right, *due), strict=True):
+    for found, expected in zip(
+        (hidden, h, *both[:, :-room].chunk(2, 1), da), (*right, *due), strict=True
+    ):
         agree(found, expected, dtype)
 
 
@@ -62,7 +66,7 @@ def test_is_the_same_every_time(device, dtype):
     d, gate, up, adapters, a, dh = given(*SHAPES[1], device, dtype)
     for made in (
         lambda: gated_lora.forward(gate, up, *adapters, a, "silu"),
-        lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu"),
+        lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu", 0),
     ):
         assert all(torch.equal(x, y) for x, y in zip(made(), made(), strict=True))
 
@@ -115,3 +119,42 @@ def test_what_it_does_not_know_goes_the_other_way(random, monkeypatch, why):
     y = lora_mlp(random(7, 15), *group, dropout=0.5 if why == "dropout" else 0.0)
     y.float().sum().backward()
     assert group[2].a.grad is not None
+
+
+@pytest.mark.parametrize("in_slices", [False, True], ids=["whole", "slices"])
+def test_room_behind_weights_and_gradients_takes_the_adapters_in(
+    agree, random, dtype, monkeypatch, in_slices
+):
+    """One product each way for gate, up and their A gives the same results."""
+    rank, hidden, width, tokens = 4, 16, 24, 200
+    joint = 0.3 * random(2 * width + 2 * rank, hidden, requires_grad=False)
+    weights = [*joint.split([width, width, 2 * rank])]
+    room = weights.pop()
+    weights += [0.3 * random(hidden, width, requires_grad=False)]
+    adapters = [
+        0.3 * random(*shape, kind=torch.float32).detach()
+        for outputs, inputs in ((width, hidden), (width, hidden), (hidden, width))
+        for shape in ((rank, inputs), (outputs, rank))
+    ]
+    x, found, calls = random(tokens, hidden), [], []
+    below = lora_linear.below_with_adapters
+    monkeypatch.setattr(
+        lora_linear, "below_with_adapters", lambda *all: calls.append(below(*all)) or calls[-1]
+    )
+    slices = {"slice_bytes": 1 << 13} if in_slices else {}
+    for behind in (room, None):
+        leaves = [x, *(t.clone().requires_grad_() for t in adapters)]
+        group = [
+            Projection(w, *leaves[1 + 2 * i : 3 + 2 * i], 2.0, room=behind if i == 1 else None)
+            for i, w in enumerate(weights)
+        ]
+        y = lora_mlp(x, *group, **slices)
+        torch.manual_seed(1)
+        found.append([y, *torch.autograd.grad(y, leaves, torch.randn_like(y))])
+        # Forward and backward (where slices make gate and up again), each slice of 128 rows.
+        times = {False: 2, True: 6}[in_slices]
+        assert len(calls) == times
+        assert all((joint is None) == (behind is None) for joint in calls)
+        calls.clear()
+    for one, other in zip(*found, strict=True):
+        agree(one, other.double(), dtype)

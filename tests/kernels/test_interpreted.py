@@ -1,5 +1,6 @@
 """The kernels themselves on CPU: in one process of their own, under Triton's interpreter."""
 
+import dataclasses
 import importlib.util
 import mmap
 import os
@@ -15,7 +16,10 @@ from regrow.kernels import (
     cross_entropy_rows,
     dropout,
     linear_cross_entropy,
+    lora_linear,
+    neighbours,
     nf4,
+    projection,
     rank_gradients,
     rms_norm,
     rope,
@@ -49,7 +53,8 @@ def test_kernels_equal_their_references_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
          *(str(Path(__file__).with_name(name)) for name in ("test_custom_ops.py",
-                                                            "test_gated_lora.py"))],
+                                                            "test_gated_lora.py",
+                                                            "test_low_rank_sum.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
@@ -97,18 +102,73 @@ def test_norm(check_gradients, random):
 @inside
 @pytest.mark.parametrize("rotated", [20, 12], ids=["whole", "part"])
 @pytest.mark.parametrize("norms", [0, 2], ids=["plain", "norms"])
-def test_rope(check_gradients, random, rotated, norms):
+@pytest.mark.parametrize("values", [False, True], ids=["alone", "values"])
+def test_rope(check_gradients, random, rotated, norms, values):
     angle = torch.arange(ROWS * rotated // 2).view(ROWS, -1).float()
     cos, sin = angle.cos(), angle.sin()
 
-    def op(q, k, qw=None, kw=None):
-        return rope.rope(q, k, cos, sin, q_weight_D=qw, k_weight_D=kw, offset=1.0)
+    def op(q, k, *rest):
+        v, (qw, kw) = rest[0] if values else None, rest[values:] or (None, None)
+        return rope.rope(q, k, cos, sin, v_TKD=v, q_weight_D=qw, k_weight_D=kw, offset=1.0)
 
-    def formula(q, k, qw=None, kw=None):
-        return [rope.reference(x, cos, sin, w, 1e-6, 1.0) for x, w in ((q, qw), (k, kw))]
+    def formula(q, k, *rest):
+        weights = rest[values:] or (None, None)
+        found = [rope.reference(x, cos, sin, w, 1e-6, 1.0) for x, w in zip((q, k), weights)]  # noqa: B905
+        return [*found, rest[0] * 1] if values else found
 
-    inputs = [random(ROWS, 3, 20), random(ROWS, 1, 20), *(random(20) for _ in range(norms))]
+    inputs = [random(ROWS, heads, 20) for heads in (3, 1, 1)[: 2 + values]]
+    inputs += [random(20) for _ in range(norms)]
     check_gradients(op, formula, inputs)
+
+
+@inside
+def test_gradients_of_heads_are_columns_of_one_matrix():
+    q, k, v = (torch.randn(1, ROWS, heads * 20, requires_grad=True) for heads in (3, 1, 1))
+    angle = torch.rand(ROWS, 10)
+    turned = rope.rope(
+        *(x.view(ROWS, -1, 20) for x in (q, k)), angle.cos(), angle.sin(), v_TKD=v.view(ROWS, 1, 20)
+    )
+    gradients = torch.autograd.grad(turned, [q, k, v], [torch.randn_like(x) for x in turned])
+    assert neighbours.columns_of_one([x[0] for x in gradients]) is not None
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str, indirect=False)
+def test_attentions_projections_take_their_adapters_in(agree, dtype):
+    """dq, dk and dv with dh behind them, times the weights with A below: one product."""
+    widths, ranks, hidden = (24, 8, 8), (4, 2, 2), 16
+    joint = 0.3 * torch.randn(sum(widths) + sum(ranks), hidden).to(dtype)
+    *weights, room = joint.split([*widths, sum(ranks)])
+    ab = [
+        0.3 * torch.randn(shape) for o, r in zip(widths, ranks, strict=True)
+        for shape in ((r, hidden), (o, r))
+    ]  # fmt: skip
+    cos, sin = torch.rand(ROWS, 4), torch.rand(ROWS, 4)
+    x, found, calls = torch.randn(1, ROWS, hidden).to(dtype), [], []
+    through = lora_linear._through_base
+    for behind in (room, None):
+        leaves = [t.clone().requires_grad_() for t in (x, *ab)]
+        group = [
+            projection.Projection(w, *leaves[1 + 2 * i : 3 + 2 * i], 0.5, room=behind)
+            for i, w in enumerate(weights)
+        ]
+        gap = projection.gap_for(group, dtype)
+        assert (gap is None) == (behind is None)
+        assert gap is None or gap.columns == sum(ranks)
+        short = dataclasses.replace(group[-1], room=room[:1])
+        assert projection.gap_for([*group[:-1], short], dtype).columns == 0
+        q, k, v = lora_linear.lora_linear(leaves[0], *group, gap=gap)
+        q, k, v = (t.view(ROWS, -1, 8) for t in (q, k, v))
+        turned = rope.rope(q, k, cos, sin, v_TKD=v, gap=gap)
+        torch.manual_seed(2)
+        upstream = [torch.randn_like(t) for t in turned]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora_linear, "_through_base", lambda *a: calls.append(1) or through(*a))
+            gradients = torch.autograd.grad(turned, leaves, upstream)
+        found.append([*turned, *gradients])
+        assert len(calls) == (behind is None)
+    for one, other in zip(*found, strict=True):
+        agree(one, other.double(), dtype)
 
 
 @inside
@@ -151,6 +211,22 @@ def test_both_gradients_of_a_rank(agree, monkeypatch, shape):
 
 
 @inside
+@pytest.mark.parametrize("widths", [(64, 32), (32, 64, 40), (40, 30), (32, 32, 32, 8)], ids=str)
+def test_both_gradients_of_several_ranks(agree, monkeypatch, widths):
+    monkeypatch.setattr(rank_gradients, "_TILES", ((64, 32, 4, 3),))
+    rank_gradients._division.cache_clear()
+    asked, reference = [], rank_gradients.reference
+    monkeypatch.setattr(
+        rank_gradients, "reference", lambda *args: asked.append(1) or reference(*args)
+    )
+    test_rank_gradients_module.several_equal_the_formula(
+        agree, widths, 3, "cpu", torch.float16, tokens=70
+    )
+    assert len(asked) == (widths in ((40, 30), (32, 32, 32, 8)))
+    rank_gradients._division.cache_clear()
+
+
+@inside
 def test_both_gradients_of_a_rank_come_from_the_kernel_or_from_two_products(agree, monkeypatch):
     asked, reference = [], rank_gradients.reference
     monkeypatch.setattr(
@@ -181,6 +257,13 @@ def far(values=None) -> torch.Tensor:
     return rows if values is None else rows.copy_(values)
 
 
+def far_halves() -> torch.Tensor:
+    """[3, 2, 8]: the beginnings of both halves of rows of 2 APART elements."""
+    room = mmap.mmap(-1, 4 * (5 * APART + SEEN), _UNRESERVED)
+    rows = torch.frombuffer(room, dtype=torch.float32)
+    return rows.as_strided((3, 2, SEEN), (2 * APART, APART, 1))
+
+
 @pytest.fixture
 def some():
     return lambda: torch.randn(3, SEEN)
@@ -194,16 +277,16 @@ def close(found, expected):
 def test_gated_activation_reaches_far_rows(some):
     g, u, d = some(), some(), some()
     gate, up, dout = far(g), far(u), far(d)
-    out, dgate, dup = far(), far(), far()
+    out, both = far(), far_halves()
     swiglu._gated_forward_kernel[(3, 1)](gate, up, out, APART, APART, APART, "silu", SEEN)
     close(out, swiglu.reference(g, u))
     out.zero_()
     swiglu._gated_backward_kernel[(3, 1)](
-        dout, gate, up, dgate, dup, out, APART, APART, APART, "silu", True, SEEN
+        dout, gate, up, both, out, APART, APART, APART, "silu", True, SEEN
     )
-    for found, due in zip((dgate, dup, out), swiglu._backward_torch(d, g, u, "silu", True),
-                          strict=True):  # fmt: skip
-        close(found, due)
+    due, again = swiglu._backward_torch(d, g, u, "silu", True)
+    close(out, again)
+    close(both.flatten(1), due)
 
 
 @inside
@@ -251,7 +334,13 @@ def test_rope_reaches_far_tokens():
     q, k, angle = torch.randn(3, 2, SEEN), torch.randn(3, 2, SEEN), torch.rand(3, SEEN // 2)
     cos, sin = angle.cos(), angle.sin()
     near, sizes = q.stride()[:2], (HEADS, HEADS, SEEN // 2, 0, 2, 2, SEEN // 2, 1)
-    q_out, k_out, dq, dk = (far_heads() for _ in range(4))
+    q_out, k_out = far_heads(), far_heads()
+    room = mmap.mmap(-1, 4 * (7 * HEADS + 2) * SEEN, _UNRESERVED)
+    whole = torch.frombuffer(room, dtype=torch.float32)  # [3, HEADS of q and of k, SEEN]
+    dq, dk = (
+        whole.as_strided((3, 2, SEEN), (2 * HEADS * SEEN, SEEN, 1), first * HEADS * SEEN)
+        for first in (0, 1)
+    )
     rope._rope_forward_kernel[(3,)](
         q, k, *near, *near, q, k, q_out, k_out, cos, sin, SEEN // 2, 0.0, 0.0, *sizes, False
     )
@@ -259,8 +348,8 @@ def test_rope_reaches_far_tokens():
     close(k_out, rope.reference(k, cos, sin))
     apart = q_out.stride()[:2]
     rope._rope_backward_kernel[(2,)](
-        q_out, k_out, *apart, *apart, q, k, *near, *near, q, k, dq, dk, dq, cos, sin, SEEN // 2, 3,
-        0.0, 0.0, *sizes, False,
+        q_out, k_out, q_out, *apart, *apart, *apart, q, k, *near, *near, q, k, whole,
+        2 * HEADS * SEEN, dq, cos, sin, SEEN // 2, 3, 0.0, 0.0, *sizes, False, False, SEEN,
     )  # fmt: skip
     close(dq, q)
     close(dk, k)

@@ -5,7 +5,8 @@ import torch
 
 from regrow.kernels import lora_linear as op
 from regrow.kernels.dropout import seeded_dropout
-from regrow.kernels.lora_linear import Projection, lora_linear, project, tensors_of
+from regrow.kernels.lora_linear import lora_linear, project
+from regrow.kernels.projection import Projection, tensors_of
 
 INPUTS = 21
 # (outputs, rank, bias) of each projection: grouped as Q, K, V with several ranks, one alone,
@@ -190,3 +191,15 @@ def test_a_float32_weight_gets_its_gradient_unrounded(device, kept):
     torch.testing.assert_close(dweight, upstream.float().t() @ x.detach().float())
     assert not torch.equal(dweight, dweight.bfloat16().float())
     torch.testing.assert_close(dx, upstream @ low)
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [torch.zeros(1, 6), torch.zeros(6), torch.zeros(5, 7), torch.zeros(5, 6, dtype=torch.float64)],
+)
+def test_a_residual_that_does_not_fit_is_named(residual):
+    projection = Projection(torch.zeros(6, 4))
+    with pytest.raises(ValueError, match="residual"):
+        lora_linear(torch.zeros(5, 4), projection, residual=residual)
+    with pytest.raises(ValueError, match="residual"):
+        lora_linear(torch.zeros(5, 4), projection, projection, residual=torch.zeros(5, 6))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from regrow.kernels.lora_linear import Projection, constants_of, group_of, tensors_of
 from regrow.kernels.lora_mlp import _slice_rows, lora_mlp, reference
+from regrow.kernels.projection import Projection, constants_of, group_of, tensors_of
 
 HIDDEN, WIDTH = 15, 22
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from regrow.kernels import lora_linear as lora_linear_module
 from regrow.kernels import nf4
-from regrow.kernels.lora_linear import Projection, lora_linear
+from regrow.kernels.lora_linear import lora_linear
+from regrow.kernels.projection import Projection
 
 # A last block that is not full; more than one block of scales; a count that is no multiple of 8,
 # which the kernel leaves to the formula; more than one program.
@@ -41,6 +43,33 @@ def test_equals_the_formula(device, dtype, shape, nested):
     due = (code.cpu()[half.long()] * values[at // 64]).to(dtype).view(shape)
     # The GPU may round product and sum of a scale as one.
     torch.testing.assert_close(found.cpu(), due, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("inputs", [64, 7], ids=["kernel", "formula"])
+def test_several_weights_are_made_in_one_matrix(device, dtype, nested, inputs):
+    weights = [
+        nf4.Nf4Weight(*random_weight((rows, inputs), nested, device), (rows, inputs), dtype)
+        for rows in (300, 16, 24)
+    ]
+    joint = nf4.dequantize_below(weights, dtype)
+    assert torch.equal(joint, torch.cat([weight() for weight in weights]))
+
+
+def test_neighbours_in_4_bits_give_what_each_gives_alone(agree, random, device, dtype):
+    shapes = [(40, 64), (24, 64)]
+    weights = [nf4.Nf4Weight(*random_weight(s, True, device), s, dtype) for s in shapes]
+    joint = random(9, 64, requires_grad=False)
+    x = random(9, 64, requires_grad=False)
+    found = []
+    for group in (weights, [w.__call__ for w in weights]):
+        projections = [Projection(w) for w in group]
+        dys = joint.split([40, 24], 1)
+        with torch.no_grad():
+            dx = lora_linear_module.input_gradient(dys, None, None, projections, (0.0, 0))
+            found.append([dx, *lora_linear_module.project_bases(x, projections)])
+    for ours, right in zip(*found, strict=True):
+        agree(ours, right.double(), dtype)
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
+from regrow.tasks.modeling.joint_weights import lay_together
 from regrow.tasks.modeling.offload import OffloadSaved
 from regrow.tasks.train.gathering import gather_early
 from regrow.tasks.train.learning_rate import make_scheduler
@@ -46,12 +47,13 @@ class Optimization(_Base):
         model_has_loss: bool = False,
         offloads: bool = False,
         stays: float = 0,
+        roomy: bool = True,
         **kwargs: Any,
     ) -> None:
         """`partly_trained`: names of parameters of which some rows are frozen; `model_has_loss`:
         the model's own loss has the recipe's terms already (`regrow.tasks.modeling.loss_head`);
-        `offloads`: activations that are kept wait in the host's memory, all but the first `stays`
-        bytes of them."""
+        `offloads`: activations that are kept wait in the host's memory, all but the newest `stays`
+        bytes of them; `roomy`: frozen weights may be laid anew, which leaves holes."""
         loss = None if model_has_loss else loss_function(spec.label_smoothing, spec.z_loss)
         super().__init__(
             optimizer_cls_and_kwargs=own_optimizer(spec), compute_loss_func=loss, **kwargs
@@ -59,6 +61,8 @@ class Optimization(_Base):
         self._spec, self._partly_trained = spec, partly_trained
         self._offloads, self._stays = offloads, stays
         self._has_kernels = model_has_loss
+        if roomy and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            lay_together(cast(Any, self.model))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does."""

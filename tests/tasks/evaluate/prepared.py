@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regrow.tasks.evaluate.spec import EvaluatePlacement, EvaluateSpec
 from regrow.tasks.modeling.rows import SCHEMA
@@ -34,6 +35,17 @@ class Notes:
 
     def progress(self, done, total, unit, note="") -> None:
         self.progressed.append((done, total, unit))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, made in place; the first is the end of a text, the second pads."""
+    letters = ["<|im_end|>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    parts = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    parts.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts.decoder = decoders.ByteLevel()
+    ends = {"eos_token": letters[0], "pad_token": letters[1]}
+    return PreTrainedTokenizerFast(tokenizer_object=parts, **ends)
 
 
 def examples(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:

@@ -6,7 +6,7 @@ import pytest
 
 from regrow.tasks.forecast.activations import KERNELS
 from regrow.tasks.forecast.devices import DEVICES, device_named, device_of, rate
-from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose
+from regrow.tasks.forecast.fit import Choice, Room, Wish, advice, choose, left, staying
 from regrow.tasks.forecast.memory import GIB, Division, Setting, memory
 from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.forecast.trainable import all_weights, with_adapter
@@ -45,6 +45,36 @@ def test_what_is_chosen_fits_and_keeps_the_global_batch(size, processes):
 def test_more_memory_means_less_recomputing():
     assert choose(wish(), Room.of_device(80 * GIB), CAREFUL).checkpointing is False
     assert choose(wish(), Room.of_device(24 * GIB), CAREFUL).checkpointing == "selective"
+
+
+@pytest.mark.parametrize(("bits", "gib"), [(16, 17), (4, 7.6)], ids=["lora", "qlora"])
+def test_with_little_room_inputs_wait_on_the_host_as_far_as_they_must(bits, gib):
+    """Llama-3.1-8B's shape, rows of 4,096, on a card of which so much may be filled."""
+    asked, room = wish(micro_batch=1, batch=2), Room(gib * GIB)
+    asked = replace(asked, setting=replace(asked.setting, bits=bits))
+    assert choose(asked, room, CAREFUL).checkpointing == "offload"
+    setting = asked.at(1, "offload")
+    stays, one = staying(setting, room), 2 * 4096 * 4096
+    found = replace(setting, stays=stays)
+    assert 4 * one <= stays <= 32 * one
+    assert left(found, room) >= 0
+    # A fifth of what can be counted on stays free, against fragmentation.
+    assert room.device - memory(found).reserved >= left(setting, room) / 5
+
+
+@pytest.mark.parametrize(("bits", "gib"), [(16, 17), (4, 7.6)], ids=["lora", "qlora"])
+def test_two_rows_of_4096_fit_a_budget(bits, gib):
+    asked = wish(micro_batch=2, batch=2)
+    asked = replace(asked, setting=replace(asked.setting, bits=bits))
+    found = choose(asked, Room(gib * GIB), CAREFUL)
+    assert (found.checkpointing, found.fits) == ("offload", True)
+
+
+def test_several_processes_leave_room_for_what_they_send():
+    alone, two = wish(1, "offload").setting, wish(1, "offload", processes=2).setting
+    room = Room(30 * GIB)
+    more = memory(two).reserved - memory(alone).reserved
+    assert left(two, room) <= left(alone, room) - GIB - more
 
 
 def test_what_the_recipe_says_is_kept():

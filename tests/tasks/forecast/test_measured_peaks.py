@@ -9,8 +9,8 @@ import pytest
 from tests.bench.memory_table import CASES, GIB, predicted
 
 TABLE = Path(__file__).parents[2] / "bench" / "memory-h100.md"
-LIMIT = 0.1
-"""The bar: predicted within 10 % of measured."""
+LIMIT = 0.045
+"""The range that README and the table name: the farthest is 4.1 % below what was measured."""
 
 
 def measured() -> dict[str, float]:

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from regrow.configs.load import parse_recipe
-from regrow.tasks.forecast.forecast import forecast
+from regrow.tasks.forecast.devices import device_named
+from regrow.tasks.forecast.forecast import forecast, placement_of
 from regrow.tasks.forecast.job_setting import Facts, division_of, stored_adapter, wish_of_job
+from regrow.tasks.forecast.memory import CONTEXT, GIB
 from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.forecast.recipe_setting import read_model
 from regrow.tasks.forecast.trainable import UnknownTargetsError, with_adapter
@@ -163,10 +165,39 @@ def test_layers_that_packing_is_not_enough_for_are_known(tmp_path, change, apart
     assert read_model(str(tmp_path)).apart == apart
 
 
-def test_a_plan_tells_of_examples_side_by_side(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"layer_types": ["conv"]}))
+def recipe_of(**changes):
     data = {"base_model": "org/m", "datasets": [{"path": "org/d", "type": "alpaca"}]}
     sizes = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4}
-    recipe = parse_recipe(data | sizes).recipe
+    return parse_recipe(data | sizes | changes).recipe
+
+
+def test_a_plan_tells_of_examples_side_by_side(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"layer_types": ["conv"]}))
+    recipe = recipe_of()
     lines = forecast(recipe, str(tmp_path), None, None, 1).lines
     assert [line for line in lines if "(conv) compute the examples of a row side by side" in line]
+
+
+LLAMA_8B = LLAMA | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
+
+
+@pytest.mark.parametrize("device", [device_named("h100"), None])
+@pytest.mark.parametrize(("limit", "policy"), [(60, False), (24, "selective"), (16.9, "offload")])
+def test_a_plan_counts_with_the_memory_that_training_may_fill(tmp_path, device, limit, policy):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    asked = {"gradient_checkpointing": "auto", "sequence_len": 4096, "batch_size": 2}
+    recipe = recipe_of(**LORA | asked, gradient_accumulation_steps=None, gpu_memory_limit=limit)
+    found = forecast(recipe, str(tmp_path), None, device, 1)
+    assert found.choice.checkpointing == policy
+    assert found.device.memory == pytest.approx(limit * GIB + CONTEXT)
+    assert placement_of(recipe, str(tmp_path), device, 1) == found.choice
+    assert found.memory.reserved <= limit * GIB
+
+
+def test_a_limit_above_the_gpu_s_memory_adds_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    device = device_named("l4")
+    found = forecast(recipe_of(gpu_memory_limit=80), str(tmp_path), None, device, 1)
+    assert found.device == device

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, masking_utils
 
 from regrow.tasks.modeling import attention, kernels
 from regrow.tasks.modeling.families import family_of
-from regrow.tasks.modeling.fused import FusedAttention
+from regrow.tasks.modeling.fused import FusedAttention, FusedNorm
 from regrow.tasks.modeling.kernels import KERNELS, chosen_kernels, swap_kernels
 from regrow.tasks.modeling.loss_head import LossTerms
 from regrow.tasks.train.losses import token_losses
@@ -423,6 +423,28 @@ def test_types_in_a_layer_are_those_of_transformers(weights, stream, autocast):
     assert out.dtype == right.dtype
     torch.testing.assert_close(out, right, atol=3e-2, rtol=3e-2)
     torch.testing.assert_close(gradient, due, atol=2e-1, rtol=5e-2)
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, ["rms_norm", "mlp"], ["rms_norm", "attention"]])
+@pytest.mark.parametrize("kind", ["full", "lora", "off"])
+def test_sums_begin_with_an_adapter_or_stand_in_the_norm(kernels, kind, monkeypatch):
+    model = tiny("llama") if kind == "full" else with_lora(tiny("llama"))
+    swapped, given = copy.deepcopy(model), []
+    swap_kernels(swapped, kernels)
+    add = FusedNorm.forward
+    monkeypatch.setattr(
+        FusedNorm,
+        "forward",
+        lambda self, x, stream=None, **how: given.append(stream) or add(self, x, stream, **how),
+    )
+    if kind == "off":
+        with model.disable_adapter(), swapped.disable_adapter(), torch.no_grad():
+            right, found = model(**packed_batch()).loss, swapped(**packed_batch()).loss
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    else:
+        check_equal(model, swapped)
+    in_norms = 0 if kind != "full" and "attention" in kernels else 2
+    assert sum(stream is not None for stream in given) == in_norms
 
 
 def test_layers_in_pieces_keep_all_but_their_norms():

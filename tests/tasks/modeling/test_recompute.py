@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from regrow.kernels.linear_cross_entropy import LOGITS_BYTES, SCARCE_LOGITS_BYTES
+from regrow.kernels.lora_mlp import SCARCE_SLICE_BYTES, SLICE_BYTES
 from regrow.tasks.forecast import setting
 from regrow.tasks.modeling import offload
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
@@ -74,20 +80,53 @@ def test_a_tensor_takes_its_own_size_on_the_host_and_comes_back_to_the_bit(monke
     kept = OffloadSaved(tokens=5, on_cpu=True)
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     with kept:
-        y = (x.t().contiguous().t() * 1.0).sin()
+        turned = (x.t().contiguous().t() * 1.0).sin()
+        y = turned.cos()
     assert kept.bytes == 5 * 7 * 8
     y.sum().backward()
-    assert torch.equal(x.grad, x.detach().cos())
+    torch.testing.assert_close(x.grad, -x.detach().sin().sin() * x.detach().cos())
 
 
-def test_the_first_tensors_stay_as_far_as_there_is_room():
-    kept = OffloadSaved(tokens=4, stays=2 * 4 * 3 * 4 + 1, on_cpu=True)
-    x = torch.randn(4, 3, requires_grad=True)
+ONE = 4 * 3 * 4
+"""Bytes of a tensor of the next two tests."""
+
+
+def sines(stays):
+    """(bytes on the host, x and what came of it by one sine after the other)."""
+    kept = OffloadSaved(tokens=4, stays=stays, on_cpu=True)
+    made: list[Any] = [torch.randn(4, 3, requires_grad=True)]
     with kept:
-        y = x.sin().sin().sin().sin()
-    assert kept.bytes == 2 * 4 * 3 * 4
-    y.sum().backward()
-    assert x.grad is not None
+        for _ in range(4):
+            made.append(made[-1].sin())
+    return kept.bytes, made
+
+
+@pytest.mark.parametrize(("stays", "number"), [(0, 1), (2 * ONE + 1, 2), (3 * ONE, 3), (1e9, 4)])
+def test_the_newest_tensors_stay_as_far_as_there_is_room(stays, number):
+    """The backward pass asks for them first; the newest is there in any case."""
+    waiting, made = sines(stays)
+    assert waiting == (4 - number) * ONE
+    pairs = itertools.pairwise(made)
+    there = [result.grad_fn._saved_self.data_ptr() == each.data_ptr() for each, result in pairs]
+    assert there == [False] * (4 - number) + [True] * number
+    made[-1].sum().backward()
+    each = made[0].detach()
+    right = torch.ones_like(each)
+    for _ in range(4):
+        right, each = right * each.cos(), each.sin()
+    torch.testing.assert_close(made[0].grad, right)
+
+
+@pytest.mark.parametrize("stays", [0, 1e9])
+def test_what_the_backward_pass_has_used_is_given_up(stays):
+    _, made = sines(stays)
+    seen = weakref.ref(made[1])
+    storages = [weakref.ref(each.untyped_storage()) for each in made[1:3]]
+    last = made[-1]
+    del made
+    last.sum().backward()
+    assert seen() is None
+    assert [storage() for storage in storages] == [None, None]
 
 
 def test_offloading_without_checkpoints_is_right_too():
@@ -121,12 +160,29 @@ def test_policies_are_those_of_the_forecast():
     assert POLICIES == setting.POLICIES
 
 
-def test_fewer_logits_are_made_where_inputs_leave_the_device():
+def test_smaller_parts_are_taken_where_inputs_leave_the_device():
     sizes = {}
     for policy in ("full", "offload"):
-        model = tiny("llama")
-        head = swap_kernels(model, ["cross_entropy"]).head
+        model: Any = tiny("llama")
+        head = swap_kernels(model, ["cross_entropy", "mlp"]).head
         assert head is not None
         recompute_layers(model, policy, use_reentrant=False)
-        sizes[policy] = head.logits_bytes
-    assert sizes == {"full": LOGITS_BYTES, "offload": SCARCE_LOGITS_BYTES}
+        sizes[policy] = head.logits_bytes, model.model.layers[0].mlp.slice_bytes
+    assert sizes["full"] == (LOGITS_BYTES, SLICE_BYTES)
+    assert sizes["offload"] == (SCARCE_LOGITS_BYTES, SCARCE_SLICE_BYTES)
+
+
+def test_the_hosts_memory_is_free_when_the_backward_pass_is_over():
+    """Without a search for garbage, which may be many steps away."""
+    kept = OffloadSaved(tokens=4, on_cpu=True)
+    x = torch.randn(4, 3, requires_grad=True)
+    gc.disable()
+    try:
+        with kept:
+            loss = (x * x).sum()
+        host = weakref.ref(kept._host)
+        loss.backward()
+        del loss, kept
+        assert host() is None
+    finally:
+        gc.enable()

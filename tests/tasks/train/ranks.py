@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from regrow.configs.zero import zero_stage
 from regrow.infra.settings import child_environment
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.metrics import read_metrics
@@ -125,10 +126,10 @@ def check_division(job: WorkerJob, held: list[Held], ranks: int) -> None:
     """
     assert len(held) == ranks
     sharding = job.placement.sharding
-    zero_stage = (sharding.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(sharding.deepspeed)
     for rank in held:
         weights, stepped = rank.weights / rank.all_weights, rank.stepped / rank.all_stepped
-        if ranks == 1 or not (sharding.shards or zero_stage):
+        if ranks == 1 or not (sharding.shards or stage):
             assert (weights, stepped) == (1, 1), rank
             continue
         part = sharding.dp_replicate_size / ranks

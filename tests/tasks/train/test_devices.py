@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from regrow.infra.device_files import Devices
 from regrow.infra.devices import Gpu
 from regrow.tasks.stage import StageError
 from regrow.tasks.train import part
-from regrow.tasks.train.devices import DeviceFacts, check_devices
+from regrow.tasks.train.devices import DeviceFacts, check_devices, limit_memory
 from regrow.tasks.train.machines import ThisMachine
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
+from regrow.tasks.train.worker import train
 
 SPEC = TrainSpec("digest", "bfloat16", 1, 1.0, 1e-4)
 TWO = TrainPlacement("/models/m", num_processes=2)
@@ -40,6 +43,23 @@ def test_slow_bfloat16_is_said(caplog):
 def test_on_the_cpu_gpus_do_not_matter(caplog):
     check_devices(SPEC, dataclasses.replace(TWO, device="cpu", num_processes=9), OLD)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("gib", "share"), [(20, 0.25), (7.6, 0.095), (90, 1.0)])
+def test_a_limit_is_a_share_of_the_gpu_that_there_is(monkeypatch, caplog, gib, share):
+    given = []
+    whole = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+    taken = "set_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, taken, lambda *its: given.extend(its))
+    limit_memory(torch.device("cuda", 1), gib)
+    assert given == [pytest.approx(share), torch.device("cuda", 1)]
+    assert ("has only 80.0 GiB" in caplog.text) == (gib > 80)
+
+
+def test_a_limit_of_the_gpu_s_memory_does_nothing_on_the_cpu(make_job, caplog):
+    assert train(make_job("a", {"max_steps": 1}, {"gpu_memory_limit": 1.0}))["steps"] == 1
+    assert "gpu_memory_limit does nothing here" in caplog.text
 
 
 @pytest.mark.parametrize("has_some", [True, False])

@@ -58,6 +58,14 @@ def test_the_plan_and_the_worker_decide_alike():
         assert fitting.decide("auto", wish(), "", room).policy == planned
 
 
+def test_weights_are_laid_anew_only_where_holes_do_no_harm():
+    roomy = {gib: fitting.decide("auto", wish(), "", Room(gib * GIB)).roomy for gib in (70, 22, 17)}
+    assert roomy == {70: True, 22: False, 17: False}
+    assert not fitting.decide("auto", None, "nobody knows it", Room(80 * GIB)).roomy
+    assert not fitting.decide("none", None, "nobody knows it", Room(80 * GIB)).roomy
+    assert fitting.decide("none", None, "", None).roomy  # on a CPU
+
+
 def test_kernels_that_do_not_run_are_not_counted_on():
     room = Room(50 * GIB)
     assert fitting.decide("auto", wish(), "", room).policy == "none"
@@ -82,7 +90,11 @@ def test_an_unknown_architecture_computes_all_again():
 
 def test_activations_wait_on_the_host_only_where_it_has_room():
     crowded = Room(17 * GIB, host=1 * GIB)
-    assert fitting.decide("auto", wish(), "", crowded).policy == "full"
+    found = fitting.decide("auto", wish(), "", crowded)
+    assert (found.policy, found.fits) == ("full", False)
+    assert "would wait in the host's memory, and it has only 1.0 GiB free" in found.why
+    assert found.record()["free_host_memory_gib"] == 1
+    assert "host" not in fitting.decide("auto", wish(), "", Room(9 * GIB, host=90 * GIB)).why
 
 
 def rooms_of_ranks() -> tuple[float, str]:
@@ -107,6 +119,20 @@ def test_a_share_of_the_gpu_is_all_the_room_there_is(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     room = fitting.smallest_room(SimpleNamespace(device=torch.device("cpu"), world_size=1))
     assert room.device == 20 * GIB
+
+
+def test_a_warning_says_that_the_host_is_too_small(monkeypatch, caplog):
+    args = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing="auto"))
+    given = {"_wish": (wish(), ""), "is_attached": False}
+    for name, value in given.items():
+        monkeypatch.setattr(fitting, name, lambda *rest, value=value: value)
+    found = fitting.decide("auto", wish(), "", Room(17 * GIB, host=1 * GIB))
+    monkeypatch.setattr(fitting, "decide", lambda *rest: found)
+    fitting.fit(job, SimpleNamespace(config=None), Swapped(), Split(2, 1, 1), args)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "the host's memory" in record.message
 
 
 def fit_of_rank() -> str:
@@ -147,6 +173,8 @@ def test_a_container_s_limit_counts(tmp_path):
     assert fitting._host_memory(tmp_path) == pytest.approx(free, rel=0.5)  # it moves on its own
     (tmp_path / "memory.max").write_text("10000\n")
     assert fitting._host_memory(tmp_path) == 3000
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 1500\nactive_file 500\n")
+    assert fitting._host_memory(tmp_path) == 4500
 
 
 def test_the_record_names_what_was_computed_again(make_job):

@@ -129,7 +129,8 @@ def test_two_ranks_with_kernels_follow_one_without(make_job, way, kind):
 
 @needs_deepspeed
 @pytest.mark.extended
-def test_zero_3_keeps_all_but_the_norms(make_job):
+def test_zero_3_leaves_out_what_it_does_not_gather_with_a_layer(make_job):
+    """The head for its loss, and experts."""
     spec = {"max_steps": 4}
     alone = make_job("alone", spec)
     train(alone)
@@ -138,4 +139,5 @@ def test_zero_3_keeps_all_but_the_norms(make_job):
     run_ranks(ours, 2)
     assert losses(ours.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
     kernels = json.loads(ours.result_path.read_text())["timing"]["kernels"]
-    assert set(kernels["swapped"]) == {"rms_norm"}
+    assert set(kernels["swapped"]) == {"attention", "mlp", "rms_norm"}
+    assert set(kernels["left"]) == {"experts", "cross_entropy"}

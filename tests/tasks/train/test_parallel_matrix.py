@@ -24,13 +24,13 @@ from tests.tasks.train.ranks import (
 )
 from tests.tasks.train.weighing_worker import Held, Weigh
 
-# CI has the time for one cell and one course through all ways; `make extended` runs the others.
-IN_CI = (("fsdp2", "full"),)
+# The others, which share rows (context parallelism), are in `make extended`.
+IN_CI = ("ddp", "fsdp2", "zero2", "zero3")
 CELLS = [
     pytest.param(
         way,
         kind,
-        marks=[pytest.mark.slow if (way, kind) in IN_CI else pytest.mark.extended]
+        marks=[pytest.mark.slow if way in IN_CI else pytest.mark.extended]
         + [needs_deepspeed] * ("zero" in way),
         id=f"{way}-{kind}",
     )
