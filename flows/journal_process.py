@@ -58,7 +58,7 @@ class Place:
 
 
 class JournalProcess:
-    """A `Journal` elsewhere; its methods but `hurry` and `close` are called by one thread at a time.
+    """A `Journal` elsewhere; one thread at a time calls its methods, `hurry` and `close` apart.
 
     They raise what the journal's do, and TrackingError when its process does not answer. One that
     ended (memory was full) is started once more, and goes on with what the first had learned.
@@ -78,7 +78,8 @@ class JournalProcess:
     def _start(self) -> None:
         self._hung = False
         self._connection, theirs = Pipe()
-        self._log = tempfile.TemporaryFile()  # without a name: what is in it is not masked
+        # Without a name, as what is in it is not masked; `_drop` closes it.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
             env=child_environment(),
@@ -256,7 +257,7 @@ def journal_of(place: Place) -> JournalProcess:
     return process if process is not None and process.place == place else JournalProcess(place)
 
 
-class _Gone(Exception):  # noqa: N818
+class _Gone(Exception):
     """Whoever asked has ended."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_a_failure_to_reach_them_is_a_warning(sent, monkeypatch, capsys):
 def test_the_run_is_closed_before_they_are_told(monkeypatch):
     told: list[str] = []
     run = FlowRun.__new__(FlowRun)
+    run._held = ExitStack()
     run._pauses = SimpleNamespace(stop=lambda: None)
     run._signals = SimpleNamespace(__exit__=lambda *_: None)
     run._recipe = SimpleNamespace(launcher="torchrun")
