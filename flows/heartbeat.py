@@ -6,6 +6,7 @@ for it: half a second, on average. A run that a worker starts has Prefect's.
 
 # No `from __future__ import annotations` here: it breaks Prefect flows that are served.
 import contextvars
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from prefect.context import FlowRunContext
 from prefect.events import RelatedResource, emit_event
 from prefect.settings import get_current_settings, temporary_settings
 
+from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import load_settings
+
+_logger = logging.getLogger(__name__)
 
 BEAT = "prefect.flow-run.heartbeat"
 """The event, as Prefect calls it."""
@@ -48,7 +52,10 @@ def beating() -> Iterator[None]:
 
     def beat() -> None:
         while True:
-            emit_event(BEAT, resource, related=related)
+            try:
+                emit_event(BEAT, resource, related=related)
+            except Exception as error:  # noqa: BLE001 (the next one may be heard)
+                _logger.warning("a heartbeat was not sent: %s", mask_secrets(str(error)))
             if over.wait(every):
                 return
 

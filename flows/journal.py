@@ -27,6 +27,8 @@ from regrow.tasks.stage import Stage, canonical
 
 _MOST_FILES = 6  # source files named in a description; the others are among the run's datasets
 _STORE = "regrow.store"  # tag: in which store a stage is built
+FLOW_RUN = "prefect.flow_run_id"
+"""Tag of a run and its stages: the flow run's id."""
 _KEY_CHARACTERS = 12  # of a key or digest, as everywhere else in what people read
 
 
@@ -61,6 +63,7 @@ class Journal:
         self._links: dict[str, str] = {}
         self._headlines: dict[str, str] = {}
         self._open: set[str] = set()
+        self._flow_run, self._took_over = "", False
 
     def memory(self) -> dict[str, Any]:
         """What it has learned of its run, for another journal to `go_on` with."""
@@ -68,8 +71,32 @@ class Journal:
         return {name: value for name, value in vars(self).items() if name not in places}
 
     def go_on(self, memory: Mapping[str, Any]) -> None:
-        """Take over the run of another journal, whose process has ended."""
+        """Take over the run of another journal, whose process has ended, in a call perhaps.
+
+        That call is made again, so what it had begun is ended.
+        """
         vars(self).update(memory)
+        self._took_over = True
+        self._end_strays()
+
+    def _end_strays(self) -> None:
+        """End the runs that the other journal began without having told so."""
+        if not self._flow_run:
+            return
+        begun = self._tracker.find_runs(
+            f"tags.`{FLOW_RUN}` = '{self._flow_run}' and attributes.status = 'RUNNING'"
+        )
+        for run in begun:
+            if run.run_id != self._parent and run.run_id not in self._open:
+                self._close(run)
+
+    def _close(self, run: RunInfo) -> None:
+        """End a run whose process was killed."""
+        self._tracker.set_tags(run.run_id, {"cached": "failed", "stage.page": "false"})
+        self._tracker.finish(run.run_id, "KILLED")
+
+    def hurry(self) -> None:
+        """As `JournalProcess.hurry`: here nothing waits longer than MLflow lets it."""
 
     @property
     def run_url(self) -> str | None:
@@ -85,7 +112,9 @@ class Journal:
         self, recipe_text: str, params: Mapping[str, Any], tags: Mapping[str, str], prefect: str
     ) -> None:
         """Start the parent run and write the recipe into it; `prefect` is its page there."""
-        self._prefect = prefect
+        self._prefect, self._flow_run = prefect, tags.get(FLOW_RUN, "")
+        if self._took_over:
+            self._end_strays()
         self._parent = self._tracker.start_run(self._name, tags={"stage": "flow", **tags})
         self._tracker.log_params(self._parent, params)
         self._tracker.log_text(self._parent, recipe_text, "recipe.yaml")
@@ -104,7 +133,7 @@ class Journal:
         inputs = [source.key for source in stage.inputs.values()]
         inputs += [node.key for node in _outside(stage) if node.title != "data"]
         tags = {"stage": stage.name, "stage.key": stage.key, "recipe": self._name}
-        return tags | {"stage.inputs": " ".join(inputs)}
+        return tags | {"stage.inputs": " ".join(inputs), FLOW_RUN: self._flow_run}
 
     def _close_dead(self, stage: Stage) -> None:
         """Runs that built this key before were killed: who starts now holds the key's lease.
@@ -116,10 +145,10 @@ class Journal:
             f" and tags.`{_STORE}` = '{self._artifacts.store.id}'"
         )
         for run in dead:
-            self._tracker.set_tags(run.run_id, {"cached": "failed", "stage.page": "false"})
-            for run_id in (run.run_id, run.tags.get("mlflow.parentRunId")):
-                if run_id and run_id != self._parent:
-                    self._tracker.finish(run_id, "KILLED")
+            self._close(run)
+            parent = run.tags.get("mlflow.parentRunId")
+            if parent and parent != self._parent:
+                self._tracker.finish(parent, "KILLED")
 
     def fail_stage(self, run_id: str, message: str, status: str) -> None:
         """End a stage's run as FAILED or KILLED, with the reason as its description."""
@@ -346,7 +375,8 @@ class Journal:
     def _model(self, run_id: str, stage: Stage, built: RunInfo | None) -> str:
         known = built.tags.get("regrow.model_id") if built else None
         if known is None:
-            known = self._tracker.external_model(
+            made = self._tracker.find_model(stage.key) if self._took_over else None
+            known = made or self._tracker.external_model(
                 model_name(self._name, stage.name),
                 run_id,
                 MODEL_TYPES[stage.name],

@@ -41,7 +41,7 @@ _PROGRAM = "from regrow.flows.journal_process import main; main()"
 _WHO = "the process that writes into MLflow"
 _WORD_SECONDS = 20.0  # who waits longer for MLflow is told so
 _ANSWER_SECONDS = 300.0  # MLflow itself asks a server that is overloaded for minutes
-_HURRIED_SECONDS = 30.0  # ... once the run was told to stop
+_HURRIED_SECONDS = 10.0  # ... once the run was told to stop: containers are killed 30 s after
 _TAIL_BYTES = 2000  # of what the process has printed, where it ended by itself
 
 
@@ -69,7 +69,7 @@ class JournalProcess:
         self.place = place
         self._run_url: str | None = None
         self._stage_urls: dict[str, str] = {}
-        self._memory: dict[str, Any] = {}
+        self._memory: dict[str, Any] | None = None
         self._lock = threading.Lock()  # of the following: a run that stops may close it meanwhile
         self._closed, self._hung, self._spares = False, False, 1
         self._limit = _ANSWER_SECONDS
@@ -78,20 +78,21 @@ class JournalProcess:
     def _start(self) -> None:
         self._hung = False
         self._connection, theirs = Pipe()
-        # Without a name, as what is in it is not masked; `_drop` closes it.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-            env=child_environment(),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for us, who tell it how the run ended
-            preexec_fn=_stay_to_the_end,
-        )
-        theirs.close()
+        with theirs:  # open here too, it would keep us waiting for a process that has ended
+            # Without a name, as what is in it is not masked; `_drop` closes it.
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                env=child_environment(),
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for us, who tell it how the run ended
+                preexec_fn=_stay_to_the_end,
+            )
         with suppress(OSError):  # told at the first call
             self._connection.send((self.place, self._memory))
+            self._memory = self._memory or {}
 
     def begin(
         self, recipe_text: str, params: Mapping[str, Any], tags: Mapping[str, str], prefect: str
@@ -132,7 +133,7 @@ class JournalProcess:
                 self._run_url, self._stage_urls = self._ask(_PAGES, stages)
 
     def hurry(self) -> None:
-        """The run was told to stop: wait less for an answer."""
+        """Wait less for an answer: the run was told to stop, or MLflow did not answer before."""
         self._limit = min(self._limit, _HURRIED_SECONDS)
 
     def close(self) -> None:
@@ -164,6 +165,7 @@ class JournalProcess:
                 with self._watched():
                     self._connection.send((what, args))
                     how, answer, self._memory = self._connection.recv()
+                self._spares = 1
                 break
             except (EOFError, OSError) as error:
                 why, hung = f"{_WHO} {self._end()}", self._hung
@@ -173,7 +175,10 @@ class JournalProcess:
         if how == "error":
             raise answer
         if how == "broken":
-            raise TrackingError(answer)
+            message, trace = answer
+            wrong = TrackingError(message)
+            wrong.add_note(trace)
+            raise wrong
         return answer
 
     @contextmanager
@@ -182,14 +187,17 @@ class JournalProcess:
         over, begin = threading.Event(), time.monotonic()
 
         def watch() -> None:
-            if over.wait(_WORD_SECONDS):
-                return
-            say(f"waiting for MLflow at {mask_secrets(self.place.tracking_uri)}")
-            while not over.wait(0.5):
-                if time.monotonic() - begin > self._limit:
+            told = False
+            while not over.wait(0.1):
+                waited = time.monotonic() - begin
+                if waited > self._limit:
                     self._hung = True
+                    self.hurry()
                     self._process.kill()
                     return
+                if waited > _WORD_SECONDS and not told:
+                    told = True
+                    say(f"waiting for MLflow at {mask_secrets(self.place.tracking_uri)}")
 
         watcher = threading.Thread(target=watch, name="journal-watch", daemon=True)
         watcher.start()
@@ -205,7 +213,11 @@ class JournalProcess:
                 return False
             self._spares -= 1
             self._drop()
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no memory for a process, say
+                say(f"warning: {_WHO} could not be started again: {error}")
+                return False
             return True
 
     def _end(self) -> str:
@@ -254,7 +266,11 @@ def journal_of(place: Place) -> JournalProcess:
     """The process that `start_journal` has started for this, or a new one."""
     process = _started.get()
     _started.set(None)
-    return process if process is not None and process.place == place else JournalProcess(place)
+    if process is not None and process.place == place:
+        return process
+    if process is not None:
+        process.close()
+    return JournalProcess(place)
 
 
 class _Gone(Exception):
@@ -286,21 +302,22 @@ def _heard(connection: Connection) -> Any:
 class _Desk:
     """Where questions are answered; what is wrong with MLflow here is told to who asks."""
 
-    def __init__(self, place: Place, memory: dict[str, Any]) -> None:
+    def __init__(self, place: Place, memory: dict[str, Any] | None) -> None:
         self._place, self._memory = place, memory
+        """What the journal of a process before this one knew; None: there was none."""
         self._journal: Journal | None = None
-        self._wrong = ""
+        self._wrong: tuple[str, str] | None = None
         gc.disable()  # while all is imported
         try:
             self._tracker = _opened(place)
         except Exception as error:  # noqa: BLE001 (an import may raise anything)
-            trace = mask_secrets("".join(traceback.format_exception(error)))
-            self._wrong = mask_secrets(f"MLflow cannot be used: {type(error).__name__}: {error}")
-            print(trace, file=sys.stderr)
+            trace = "".join(traceback.format_exception(error))
+            told = f"MLflow cannot be used: {type(error).__name__}: {error}"
+            self._wrong = (mask_secrets(told), mask_secrets(trace))
         gc.freeze()
         gc.enable()
 
-    def answer(self, what: str, args: tuple[Any, ...]) -> tuple[str, Any, dict[str, Any]]:
+    def answer(self, what: str, args: tuple[Any, ...]) -> tuple[str, Any, dict[str, Any] | None]:
         """How it went, what came of it, and what the journal now knows."""
         if self._wrong:
             return "broken", self._wrong, self._memory
@@ -319,7 +336,8 @@ class _Desk:
         place = self._place
         artifacts = Workplace(place.settings, place.store_url).artifacts
         journal = Journal(self._tracker, artifacts, place.name)
-        journal.go_on(self._memory)
+        if self._memory is not None:
+            journal.go_on(self._memory)
         return journal
 
 

@@ -65,7 +65,7 @@ class PrivateServer:
     def __init__(self, home: Path, prefect_home: Path) -> None:
         for folder in (home, prefect_home):
             folder.mkdir(parents=True, exist_ok=True)
-        self._log = home / "prefect-server.log"
+        self._log = (home / "prefect-server.log").open("a")
         self._lock: IO[str] = (prefect_home / "regrow-server.lock").open("w")
         self._process: subprocess.Popen[bytes] | None = None
         self._socket = socket.socket()
@@ -96,7 +96,7 @@ class PrivateServer:
             self._launch()
         self._socket.close()
         if not self._answers():
-            raise ServerFailed(f"Prefect's local server did not start; its log is {self._log}")
+            raise ServerFailed(f"Prefect's local server did not start; its log is {self._log.name}")
         fcntl.flock(self._lock, fcntl.LOCK_UN)  # the process has it open too
         self._lock.close()
 
@@ -125,7 +125,8 @@ class PrivateServer:
         handed = self._socket.fileno()
         command = ["--factory", "prefect.server.api.server:create_app"]
         command += ["--fd", str(handed), "--log-level", "warning"]
-        with self._log.open("w") as log:
+        with self._log as log:
+            log.truncate(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, *command],
                 env=child_environment(),

@@ -17,6 +17,7 @@ from regrow.configs.recipe import Recipe
 from regrow.flows import run_page
 from regrow.flows.heartbeat import beating
 from regrow.flows.interruption import remembered
+from regrow.flows.journal import FLOW_RUN
 from regrow.flows.journal_process import journal_of
 from regrow.flows.other_machines import OtherMachines
 from regrow.flows.progress import say
@@ -124,7 +125,7 @@ class FlowRun:
     def _origin(self) -> Origin:
         given = mask_texts(self._recipe.given())
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-        tags = {"prefect.flow_run_id": flow_run.id or ""}
+        tags = {FLOW_RUN: flow_run.id or ""}
         # Without a server of the user's, Prefect's page ends with the run.
         page = flow_run.ui_url if load_settings().prefect_api_url else None
         return Origin(self._name, text, given, tags, page)

@@ -106,7 +106,7 @@ def _import_the_rest() -> None:
     """Import Prefect, as what lasts until the process ends.
 
     Searched for garbage again and again while it grows, and walked through once more at the end, it
-    would take longer (a second with MLflow, which was imported here too; measured on 2 cores).
+    would take longer.
     """
     gc.disable()
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from regrow.flows.journal import Closing, Journal
+from regrow.flows.journal import FLOW_RUN, Closing, Journal
 from regrow.flows.journal_process import JournalProcess
 from regrow.flows.progress import LineReporter, Listener, duration, say
 from regrow.flows.workplace import Workplace
@@ -158,13 +158,22 @@ class Session:
             )
         page = self._write_report(status)
         self._note(self._journal.end, Closing(list(self.outcomes), status, page))
-        self._writer.shutdown(wait=True)
+        self._wait_for_mlflow()
         errors = {str(error) for future in self._pending if (error := future.exception())}
         for error in errors - {self._why_failed}:  # that is told already
             # The artifacts are complete whatever MLflow says; the user must know what is missing.
             self._emit(f"warning: MLflow does not show all of this run: {error}")
         if (seconds := time.monotonic() - begin) > 5:
             self._emit(f"(writing to MLflow took {duration(seconds)})")
+
+    def _wait_for_mlflow(self) -> None:
+        """Return when all is written; told to stop now, the run still waits, but not for long."""
+        try:
+            self._writer.shutdown(wait=True)
+        except BaseException:
+            self._journal.hurry()
+            wait(self._pending)  # Python 3.11 takes the thread's interrupted join for its end
+            raise
 
     def _write_report(self, status: str) -> str:
         """The run's report, kept in the store too: what a machine holds can be lost with it."""
@@ -175,7 +184,7 @@ class Session:
         facts = report.RunFacts(
             self.plan, self.outcomes, status, self._origin.recipe_text, now, places
         )
-        flow_run = self._origin.tags.get("prefect.flow_run_id", "")[:8]
+        flow_run = self._origin.tags.get(FLOW_RUN, "")[:8]
         moment = now[:19].replace(":", "")
         name = f"reports/{self.plan.name}/{moment}-{flow_run or 'run'}.html"
         store, page = self._workplace.artifacts.store, ""

@@ -1,8 +1,9 @@
 """Runs, metrics and lineage in MLflow. The only importer of mlflow.
 
-`Tracker` is for the process that runs the flow: it owns names, parameters and status.
-`MetricsReporter` is for the training worker's rank 0: it adds metrics, and can neither slow the
-training down nor end it. `import mlflow` takes more than a second, so it happens on first use.
+`Tracker` is for the process of the flow, or the one beside it that writes for it: it owns names,
+parameters and status. `MetricsReporter` is for the training worker's rank 0: it adds metrics, and
+can neither slow the training down nor end it. `import mlflow` takes more than a second, so it
+happens on first use.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regrow.flows.journal import FLOW_RUN
 from regrow.flows.session import Origin, Session
 from regrow.flows.workplace import Workplace
 from regrow.infra.secrets import mask_secrets
@@ -117,7 +118,7 @@ def run_made(
     # A publication is looked for at its target; this one has none.
     place.builder._still_valid = lambda _stage, _record: None
     recipe = mask_secrets(f"base_model: SmolLM2-135M\nname: {plan.name}\nhub_token: hush5678\n")
-    origin = Origin(plan.name, recipe, {"learning_rate": 1e-3}, {"prefect.flow_run_id": ""})
+    origin = Origin(plan.name, recipe, {"learning_rate": 1e-3}, {FLOW_RUN: "one-two"})
     options: dict[str, Any] = {"watch": watch} if watch else {}
     options["journal"] = journal
     session = Session(plan, place, Tracker(tracking_uri, experiment), origin, _quiet, **options)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_a_home_that_can_hold_nothing_is_named(tmp_path):
     (file := tmp_path / "file").touch()
     settings = replace(load_settings(), home=file / "home", prefect_api_url=None)
     with pytest.raises(SettingError, match=r"REGROW_HOME: .*/file/home can hold nothing"):
+        _server(settings)
+
+
+def test_a_home_that_is_there_and_can_hold_nothing_is_named():
+    settings = replace(load_settings(), home=Path("/proc"), prefect_api_url=None)
+    with pytest.raises(SettingError, match=r"REGROW_HOME: /proc can hold nothing"):
         _server(settings)
 
 

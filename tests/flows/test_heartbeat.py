@@ -52,6 +52,22 @@ def test_heart_beats_as_prefects_would_until_the_run_is_over(beats):
     assert beats[0]["related"][0].name == "finetune"
 
 
+def test_a_heartbeat_that_fails_does_not_end_the_next(beats, monkeypatch, caplog):
+    tries: list[int] = []
+
+    def emit(*_args, **_options):
+        tries.append(1)
+        raise ValueError("too large")
+
+    monkeypatch.setattr(heartbeat, "emit_event", emit)
+    with ours_instead():
+        heartbeat._every.set(0.01)
+        with beating():
+            while len(tries) < 2:
+                time.sleep(0.01)
+    assert "too large" in caplog.text
+
+
 def test_the_end_of_a_run_does_not_wait_for_its_next_heartbeat(beats):
     with ours_instead():
         begin = time.monotonic()

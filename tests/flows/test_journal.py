@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
 
-from regrow.flows.journal import Journal
+from regrow.flows.journal import Closing, Journal
 from regrow.flows.session import Origin, Session
 from regrow.flows.workplace import Workplace
 from regrow.infra.artifacts import ArtifactStore
@@ -236,3 +239,28 @@ def test_a_server_that_is_away_is_told_once(tmp_path: Path):
         session.run(plan.prepare)
     session.close("FAILED")
     assert not [line for line in said if str(raised.value) in line]
+
+
+def test_a_run_that_is_stopped_while_it_writes_its_end_has_written_it(tmp_path: Path, monkeypatch):
+    ended: list[str] = []
+    hurried: list[bool] = []
+
+    def end(closing: Closing) -> None:
+        time.sleep(0.3)
+        ended.append(closing.status)
+
+    calls = ("begin", "start_stage", "fail_stage", "finish_stage")
+    journal: Any = SimpleNamespace(
+        **dict.fromkeys(calls, lambda *_: ""), end=end, hurry=lambda: hurried.append(True)
+    )
+    plan, place = make_plan("stopped"), Workplace(replace(load_settings(), home=tmp_path))
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "regrow")
+    session = Session(plan, place, tracker, Origin("stopped", "", {}, {}), print, journal=journal)
+
+    def interrupted(wait: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._writer, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.close("KILLED")
+    assert (ended, hurried) == (["KILLED"], [True])

@@ -5,15 +5,31 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from regrow.flows import journal_process
-from regrow.flows.journal import Closing
+from regrow.flows.journal import FLOW_RUN, Closing
 from regrow.flows.journal_process import JournalProcess, Place, journal_of, start_journal
 from regrow.infra.settings import load_settings
 from regrow.infra.tracking import Tracker, TrackingError
 from tests.flows.made_pipeline import make_plan, run_made
+
+# Ends its process right after the run of that number was made, once.
+_DIES_AFTER_A_RUN = """
+import os, sys
+if not os.path.exists(os.environ["DIED"]):
+    from regrow.infra.tracking import Tracker
+    start, made = Tracker.start_run, []
+    def start_run(*args, **options):
+        made.append(start(*args, **options))
+        if len(made) == int(os.environ["DIES_AFTER"]):
+            open(os.environ["DIED"], "w").close()
+            os.kill(os.getpid(), 9)
+        return made[-1]
+    Tracker.start_run = start_run
+"""
 
 
 @pytest.fixture
@@ -138,6 +154,47 @@ def test_the_pages_are_known_although_the_end_could_not_be_written(place, monkey
     assert journal._process.poll() is not None
 
 
+@pytest.mark.parametrize("begin_was", ["half", "done"])
+def test_what_was_half_begun_is_ended_by_the_next(place, tmp_path, monkeypatch, begin_was):
+    """The process is killed after it has made a run, before it could tell so."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(_DIES_AFTER_A_RUN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("DIES_AFTER", "1" if begin_was == "half" else "2")
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
+    journal, train = JournalProcess(place), make_plan(target=str(tmp_path)).train
+    journal.begin("", {}, {FLOW_RUN: "one-two"}, "")
+    journal.fail_stage(journal.start_stage(train), "enough", "FAILED")
+    journal.end(Closing([], "FAILED"))
+    assert (tmp_path / "died").exists()
+    found = Tracker(place.tracking_uri, "regrow").find_runs("attributes.run_name != ''")
+    assert sorted(run.status for run in found) == ["FAILED", "FAILED", "KILLED"]
+
+
+def test_one_that_cannot_be_started_again_is_told_each_time(place, monkeypatch):
+    journal = JournalProcess(place)
+    journal._process.kill()
+    journal._process.wait()
+
+    def refuse(*_args, **_options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(journal_process.subprocess, "Popen", refuse)
+    for _ in range(2):
+        with pytest.raises(TrackingError, match=r"was killed|ended"):
+            journal.begin("", {}, {}, "")
+    journal.close()
+
+
+def test_the_pages_of_a_run_and_its_stages_are_answered():
+    stages = [SimpleNamespace(key="a"), SimpleNamespace(key="b")]
+    pages = {"a": "http://there/a"}
+    journal = SimpleNamespace(
+        run_url="http://there/run", stage_url=lambda stage: pages.get(stage.key)
+    )
+    assert journal_process._answer(journal, "pages", (stages,)) == ("http://there/run", pages)
+
+
 def test_what_mlflow_refuses_is_raised_here(place):
     journal = JournalProcess(replace(place, tracking_uri="sqlite:////proc/nope/mlflow.db"))
     with pytest.raises(TrackingError, match=r"mlflow_tracking_uri .*proc/nope"):
@@ -158,12 +215,15 @@ def test_a_process_that_has_been_started_is_taken_by_its_own_run_only(place, mon
             self.place = place
 
         def close(self) -> None:
-            pass
+            closed.append(self)
 
+    closed: list[Fake] = []
     monkeypatch.setattr(journal_process, "JournalProcess", Fake)
     start_journal(place)
     first = journal_process._started.get()
     assert journal_of(place) is first
     assert journal_of(place) is not first
     start_journal(place)
+    second = journal_process._started.get()
     assert journal_of(replace(place, name="another")).place.name == "another"
+    assert closed == [second]
