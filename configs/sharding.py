@@ -50,13 +50,13 @@ def _ray(draft: Draft) -> None:
 
 
 def _by_fsdp(draft: Draft) -> None:
-    """Expert parallelism, and tensor parallelism beside FSDP, divide weights over processes; here
-    FSDP does, by layers. The result is the same, and each process holds as small a part of them."""
+    """Expert parallelism divides weights over processes; here FSDP does, by layers. The result is
+    the same, and each process holds as small a part of them. Tensor parallelism is a field, which
+    DeepSpeed has not."""
     for key in ("expert_parallel_size", "tensor_parallel_size"):
         size = draft.data.get(key)
-        alone = not (_has_fsdp(draft) or draft.data.get("deepspeed"))
-        if size and key == "tensor_parallel_size" and alone:
-            return  # a field
+        if size and key == "tensor_parallel_size" and not draft.data.get("deepspeed"):
+            return
         draft.data.pop(key, None)
         if not size or (size == 1 and not isinstance(size, bool)):
             continue

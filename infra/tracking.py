@@ -2,8 +2,7 @@
 
 `Tracker` is for the process of the flow, or the one beside it that writes for it: it owns names,
 parameters and status. `MetricsReporter` is for the training worker's rank 0: it adds metrics, and
-can neither slow the training down nor end it. `import mlflow` takes more than a second, so it
-happens on first use.
+can neither slow the training down nor end it. `import mlflow` takes seconds: on first use only.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ from regrow.kernels.rank_gradients import padded, sum_parts
 from regrow.kernels.swiglu import activate, rows_without_gaps
 
 LARGEST_RANK = 32  # beyond it a tile's factors weigh as much as the tile
-# Rows, columns, warps and stages of a tile, and programs of one multiprocessor: the best of ten
-# tiles and three or four counts at 8192 x 14336, r = 16 (tests/bench/gated_tiles.py, H100,
-# 2026-11-22): 0.317 ms where the parts alone take 0.527, and 0.487 ms where they take 0.678.
+# Rows, columns, warps and stages of a tile, and programs of one multiprocessor: the best of eight
+# tiles forward, ten backward, and three or four counts at 8192 x 14336, r = 16
+# (tests/bench/gated_tiles.py, H100, 2026-11-22): 0.317 ms where the parts alone take 0.527, and
+# 0.487 ms where they take 0.678.
 _FORWARD = (64, 64, 4, 1, 8)
 _BACKWARD = (16, 64, 4, 3, 24)
 

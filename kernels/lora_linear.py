@@ -6,12 +6,13 @@ Mathematics (Hu et al. 2021, arXiv 2106.09685), for each projection of x [T, I]:
     dA = dh^T drop(x)          dB = s dy^T h              dW = dy^T x, dbias = sum dy when trained
 s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
 
-Order of the products. The skinny h B^T is written first, with a residual if y is to be added to
-one (`low_rank_sum`), and the large GEMM adds itself to it (beta = 1), which hides the addition in
-the GEMM's epilogue: 2.86 ms against 3.26 for the other order and 2.88 for the base alone (8192 x
-4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over [x | h] [W | sB]^T was no faster and wants
-the weights laid out anew. The A of all projections are one skinny GEMM. dh and dB are made in one
-pass over dy (`rank_gradients`).
+Order of the products. The skinny h B^T is written first, and the large GEMM adds itself to it
+(beta = 1), which hides the addition in the GEMM's epilogue: 2.86 ms against 3.26 for the other
+order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over
+[x | h] [W | sB]^T was no faster and wants the weights laid out anew. An update is small beside all
+else: rounded together with a bias or a residual alone it would be lost. They come last; a residual,
+where there is no bias, in one sum with update and base (`low_rank_sum`). The A of all projections
+are one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
@@ -48,7 +49,7 @@ from torch.nn.functional import linear
 
 from regrow.kernels.dropout import draw_seed
 from regrow.kernels.float8 import Float8Weight, float8_product, quantize_rows
-from regrow.kernels.low_rank_sum import low_rank_sum
+from regrow.kernels.low_rank_sum import low_rank_sum, takes_sum
 from regrow.kernels.matmul import matmul_exact
 from regrow.kernels.neighbours import Gap, columns_of_one, rows_of_one
 from regrow.kernels.projection import (
@@ -130,8 +131,7 @@ def project_apart(
     joint = below_with_adapters(group, a_RI, drop)
     if joint is None:
         return *project_bases(x_TI, group), dropped(x_TI, drop) @ a_RI.t()
-    weights: list[Any] = [p.weight for p in group]
-    return (x_TI @ joint.t()).split([*(weight.shape[0] for weight in weights), len(a_RI)], 1)
+    return (x_TI @ joint.t()).split([*_widths(group), len(a_RI)], 1)
 
 
 def project_bases(x_TI: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
@@ -139,8 +139,13 @@ def project_bases(x_TI: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]
     whole = below(group, x_TI.dtype) if all(p.bias is None for p in group) else None
     frozen = [replace(p, a=None, b=None) for p in group] if whole is None else [whole]
     ys, _ = project(x_TI, frozen, None, [None] * len(frozen), (0.0, 0))
-    weights: list[Any] = [p.weight for p in group]
-    return ys if whole is None else ys[0].split([weight.shape[0] for weight in weights], 1)
+    return ys if whole is None else ys[0].split(_widths(group), 1)
+
+
+def _widths(group: Sequence[Projection]) -> list[int]:
+    """Outputs of each projection, whose weight knows its shape."""
+    weights: list[Any] = [projection.weight for projection in group]
+    return [weight.shape[0] for weight in weights]
 
 
 def _one(
@@ -151,36 +156,35 @@ def _one(
     b_Or: Tensor | None,
     residual_TO: Tensor | None,
 ) -> Tensor:
-    weight, kind = projection.weight, x_TI.dtype
-    low = None if h_Tr is None or b_Or is None else (h_Tr, b_Or, projection.scaling)
-    bias = None if projection.bias is None else projection.bias.to(kind)
-    if isinstance(weight, Float8Weight):
-        assert x8 is not None
-        y_TO = float8_product(*x8, weight.rows_OI, weight.row_scales_O, kind)
-        if low is not None and residual_TO is not None:
-            y_TO, residual_TO = low_rank_sum(y_TO, *low, residual_TO), None
-        elif low is not None:
-            y_TO.addmm_(low[0], low[1].t(), alpha=low[2])
-        y_TO = y_TO if bias is None else y_TO.add_(bias)
-    elif low is None:
-        y_TO = linear(x_TI, projection.matrix(kind), bias)
+    bias = None if projection.bias is None else projection.bias.to(x_TI.dtype)
+    if h_Tr is None or b_Or is None:
+        y_TO = _base(x_TI, x8, projection, bias)
+        return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+    scaling = projection.scaling
+    if bias is None and residual_TO is not None and takes_sum(h_Tr, b_Or, residual_TO):
+        y_TO = _base(x_TI, x8, projection, None)
+        return low_rank_sum(y_TO, h_Tr, b_Or, scaling, residual_TO)
+    if isinstance(projection.weight, Float8Weight):  # whose product adds to nothing
+        y_TO = _base(x_TI, x8, projection, None).addmm_(h_Tr, b_Or.t(), alpha=scaling)
     else:
-        y_TO = _begun(*low, bias, residual_TO).addmm_(x_TI, projection.matrix(kind).t())
-        residual_TO = None
-    return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+        y_TO = h_Tr.new_empty(len(h_Tr), len(b_Or))
+        y_TO = y_TO.addmm_(h_Tr, b_Or.t(), beta=0, alpha=scaling)
+        y_TO = y_TO.addmm_(x_TI, projection.matrix(x_TI.dtype).t())
+    for more in (bias, residual_TO):
+        y_TO = y_TO if more is None else y_TO.add_(more)
+    return y_TO
 
 
-def _begun(
-    h_Tr: Tensor, b_Or: Tensor, scaling: float, bias: Tensor | None, residual_TO: Tensor | None
+def _base(
+    x_TI: Tensor, x8: tuple[Tensor, Tensor] | None, projection: Projection, bias: Tensor | None
 ) -> Tensor:
-    """What the base's product adds itself to."""
-    if residual_TO is not None:
-        y_TO = low_rank_sum(residual_TO, h_Tr, b_Or, scaling, None)
-        return y_TO if bias is None else y_TO.add_(bias)
-    if bias is not None:
-        return torch.addmm(bias, h_Tr, b_Or.t(), alpha=scaling)
-    y_TO = h_Tr.new_empty(len(h_Tr), len(b_Or))
-    return y_TO.addmm_(h_Tr, b_Or.t(), beta=0, alpha=scaling)
+    """x W^T + bias [T, O]."""
+    weight = projection.weight
+    if not isinstance(weight, Float8Weight):
+        return linear(x_TI, projection.matrix(x_TI.dtype), bias)
+    assert x8 is not None
+    y_TO = float8_product(*x8, weight.rows_OI, weight.row_scales_O, x_TI.dtype)
+    return y_TO if bias is None else y_TO.add_(bias)
 
 
 def rank_gradients(

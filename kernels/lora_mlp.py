@@ -49,6 +49,7 @@ from regrow.kernels.lora_linear import (
     project_apart,
     rank_gradients,
 )
+from regrow.kernels.nf4 import Nf4Weight, dequantize_below
 from regrow.kernels.projection import (
     ROW_BYTES,
     Drop,
@@ -138,9 +139,10 @@ class _Layer:
         h_gate, h_up = h_TR.split([gate.rank, up.rank], dim=1)
         return h_gate, self.casts[2], gate.scaling, h_up, self.casts[3], up.scaling
 
-    def outer(self, hidden_TF: Tensor, h_TR: Tensor | None) -> Tensor:
+    def outer(self, hidden_TF: Tensor, h_TR: Tensor | None, residual_TH: Tensor | None) -> Tensor:
         """y [T, H]."""
-        (y_TH,), _ = project(hidden_TF, self.group[2:], None, self.casts[4:], (0.0, 0), h_TR)
+        down, bs = self.group[2:], self.casts[4:]
+        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR, residual_TH)
         return y_TH
 
     def back(
@@ -195,11 +197,24 @@ def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
 
 def _materialized(layer: _Layer, dtype: Any) -> _Layer:
     """With the matrices themselves, so that not every slice makes them anew."""
+    group = [*_neighbours(layer.group[:2], dtype), layer.group[2]]
     group = [
         p if isinstance(p.weight, Float8Weight) else replace(p, rounded=p.matrix(dtype))
-        for p in layer.group
+        for p in group
     ]
     return replace(layer, group=group)
+
+
+def _neighbours(inner: Sequence[Projection], dtype: Any) -> Sequence[Projection]:
+    """Gate and up; of 4 bits one under the other, with room behind both for their A."""
+    gate, up = inner
+    if not (isinstance(gate.weight, Nf4Weight) and isinstance(up.weight, Nf4Weight)):
+        return inner
+    ranks, width = gate.rank + up.rank, gate.weight.shape[0]
+    joint = dequantize_below([gate.weight, up.weight], dtype, ranks)
+    made = joint.split([width, up.weight.shape[0], ranks])
+    room = made[2] if ranks else None
+    return [replace(gate, rounded=made[0]), replace(up, rounded=made[1], room=room)]
 
 
 def _slices(tokens: int, rows: int, p: float, seeds: Sequence[int]) -> Iterator[tuple[Any, Drops]]:
@@ -307,20 +322,24 @@ class _InSlices(torch.autograd.Function):
     """y from x, for a token of `_SlicedLoRAMLP`; nothing is saved here."""
 
     @staticmethod
-    def forward(ctx, token, x, activation, p, seeds, constants, rows, *tensors):
+    def forward(ctx, token, x, residual, activation, p, seeds, constants, rows, *tensors):
         x_TH = x.reshape(-1, x.shape[-1])
+        residual_TH = None if residual is None else residual.reshape(-1, residual.shape[-1])
         layer = _materialized(_Layer.of(tensors, constants, activation, x.dtype), x.dtype)
         y_TH = x_TH.new_empty(len(x_TH), token.shape[-1])
         for part, drops in _slices(len(x_TH), rows, p, seeds):
             gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
             hidden_TF, h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
             del gate_TF, up_TF
-            y_TH[part] = layer.outer(hidden_TF, h_TR)
+            beside = None if residual_TH is None else residual_TH[part]
+            y_TH[part] = layer.outer(hidden_TF, h_TR, beside)
         return like(y_TH, x)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return grad_outputs[0], *(None,) * (len(ctx.needs_input_grad) - 1)
+        _, _, wants_residual, *others = ctx.needs_input_grad
+        (dy,) = grad_outputs
+        return dy, None, dy if wants_residual else None, *(None,) * len(others)
 
 
 def _token(x: Tensor, layer: _Layer) -> Tensor:
@@ -368,12 +387,13 @@ def lora_mlp(
         ValueError: when shapes do not fit together, or the activation is not known.
     """
     widths = check(x.shape[-1], gate), check(x.shape[-1], up)
+    outputs = -1
     if -1 not in widths:
         if widths[0] != widths[1]:
             raise ValueError(f"gate has {widths[0]} outputs and up has {widths[1]}")
-        check(widths[0], down)
+        outputs = check(widths[0], down)
     if residual is not None:
-        check_residual(residual, x, [-1])
+        check_residual(residual, x, [outputs])
     if activation not in swiglu.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(swiglu.ACTIVATIONS)}")
     group = (gate, up, down)
@@ -386,8 +406,7 @@ def lora_mlp(
     tensors = tensors_of(group)
     if rows:
         token = _SlicedLoRAMLP.apply(x, *settings, rows, *tensors)
-        y = _InSlices.apply(token, x, *settings, rows, *tensors)
-        return y if residual is None else residual + y
+        return _InSlices.apply(token, x, residual, *settings, rows, *tensors)
     token, hidden, *h = _LoRAMLP.apply(x, *settings, *tensors)
     of_down = tensors_of([down])
     low = h[0] if h else None

@@ -54,6 +54,10 @@ ROW_BYTES = 16
 multiple keep their products to themselves."""
 
 
+def _fills_rows(ranks: int, dtype: torch.dtype) -> bool:
+    return ranks * dtype.itemsize % ROW_BYTES == 0
+
+
 def dropped(x: Tensor, drop: Drop) -> Tensor:
     """x with the same elements dropped whenever it is asked with the same seed."""
     p, seed = drop
@@ -72,7 +76,7 @@ def dense(weight: Base, dtype: torch.dtype) -> Tensor:
 
 def below(group: Sequence[Projection], dtype: torch.dtype) -> Projection | None:
     """Their weights, one under the other, as one; None where they would have to be copied."""
-    weights: list[Any] = [p.weight if p.rounded is None else p.rounded for p in group]
+    weights = _held(group)
     if len(group) == 1:
         return Projection(group[0].weight, rounded=group[0].rounded)
     if all(isinstance(weight, Float8Weight) for weight in weights):
@@ -86,13 +90,18 @@ def below(group: Sequence[Projection], dtype: torch.dtype) -> Projection | None:
     return None if found is None else Projection(found)
 
 
+def _held(group: Sequence[Projection]) -> list[Any]:
+    """What the products take of each weight."""
+    return [p.weight if p.rounded is None else p.rounded for p in group]
+
+
 def below_with_adapters(
     group: Sequence[Projection], a_RI: Tensor | None, drop: Drop
 ) -> Tensor | None:
     """Their weights and all A below them [sum of O + R, I]; None where there is no such room."""
-    if a_RI is None or drop[0] or len(a_RI) * a_RI.element_size() % ROW_BYTES:
+    if a_RI is None or drop[0] or not _fills_rows(len(a_RI), a_RI.dtype):
         return None
-    weights: list[Any] = [p.weight if p.rounded is None else p.rounded for p in group]
+    weights = _held(group)
     if all(isinstance(weight, Nf4Weight) for weight in weights):
         joint = dequantize_below(weights, a_RI.dtype, len(a_RI))
         joint[-len(a_RI) :] = a_RI
@@ -114,7 +123,7 @@ def gap_for(group: Sequence[Projection], dtype: torch.dtype) -> Gap | None:
     in_4_bits = all(isinstance(p.weight, Nf4Weight) for p in group)
     if torch.compiler.is_compiling() or not (in_4_bits or room is not None):
         return None
-    fits = not ranks * dtype.itemsize % ROW_BYTES and (room is None or len(room) >= ranks)
+    fits = _fills_rows(ranks, dtype) and (room is None or len(room) >= ranks)
     return Gap(ranks if fits else 0)
 
 

@@ -84,12 +84,12 @@ def the_tokenizer_is_described(
         yield (key,), "its tokenizer_config.json is no JSON map", remedy
 
 
-_DEQUANTIZED = ("fp8", "mxfp4")
+_DEQUANTIZED = ("fp8", "mxfp4", "gptq")
 
 
 @of_model("base_model")
 def stored_weights_can_be_merged_into(recipe: Recipe, model: ModelFacts) -> Iterator[Found]:
-    """An adapter is merged into plain weights; those stored in FP8 or MXFP4 are made plain."""
+    """An adapter is merged into plain weights; those in FP8, MXFP4 or GPTQ are made plain."""
     if model.stored and model.stored not in _DEQUANTIZED:
         why = f"its weights are stored quantized ({model.stored}), where nothing can be merged in"
         yield ("base_model",), why, "Use the unquantized model, with `adapter: qlora`"

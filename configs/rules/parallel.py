@@ -104,12 +104,12 @@ def _not_divided(product: int, processes: int, context: int) -> str:
 
 
 @rule("fsdp_config")
-def sizes_have_a_number(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
-    """SIZE_BASED_WRAP gathers so many parameters at a time."""
+def lists_of_layers_are_not_gathered(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """By size Accelerate (1.15) gathers the list of layers itself, which torch refuses."""
     config = recipe.fsdp_config
-    if config and config.auto_wrap_policy == "SIZE_BASED_WRAP" and not config.min_num_params:
-        why = "`min_num_params` says how many parameters are gathered at a time, and is not given"
-        yield ("fsdp_config", "auto_wrap_policy"), why, "Add it, such as 100000000"
+    if config and config.auto_wrap_policy == "SIZE_BASED_WRAP":
+        why = "it has FSDP2 gather the list of all layers, which has no forward pass"
+        yield ("fsdp_config", "auto_wrap_policy"), why, "Use TRANSFORMER_BASED_WRAP, or NO_WRAP"
 
 
 @rule("optimizer", "deepspeed")
@@ -125,7 +125,7 @@ _PLAIN = "Use adamw_torch_fused"
 
 @rule(
     *("tensor_parallel_size", "context_parallel_size", "num_processes"),
-    *("load_in_8bit", "quantize_moe_experts"),
+    *("load_in_8bit", "quantize_moe_experts", "fsdp_config"),
 )
 def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Tensor parallelism makes one copy over all processes; of quantized bases it divides those
@@ -139,9 +139,41 @@ def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> It
         yield key, "a base in 8 bits cannot be divided", "Use `load_in_4bit: true`, or remove it"
     if recipe.quantize_moe_experts:
         yield key, "quantized experts cannot be divided", "Remove it: each process then has a copy"
-    if local is not None and size % local:
+    if local is not None and size % local and recipe.fsdp_config is None:
         why = f"it must be the number of all processes, of which a machine has {local}"
-        yield key, why, f"Use {local}, or `fsdp_config` to divide the model otherwise"
+        yield key, why, f"Use {local}, or add `fsdp_config` to shard over groups of {size}"
+
+
+@rule(
+    *("tensor_parallel_size", "fsdp_config", "num_processes", "dp_shard_size"),
+    *("dp_replicate_size", "load_in_4bit"),
+)
+def divided_layers_are_sharded_in_groups(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
+    """Beside tensor parallelism FSDP2 shards over groups of its processes, as Transformers lays
+    that out."""
+    size, local, key = recipe.tensor_parallel_size, recipe.num_processes, ("tensor_parallel_size",)
+    config, shards = recipe.fsdp_config, recipe.dp_shard_size
+    if size == 1 or config is None:
+        return
+    product = size * (shards or 1)
+    if local is not None and local % product and product % local:
+        sharded = " * dp_shard_size" if shards else ""
+        why = f"tensor_parallel_size{sharded} is {product}, and a machine has {local} processes"
+        yield key, why, "Change one of them, so that groups of processes make up all"
+    if recipe.load_in_4bit:
+        remedy = "Remove `fsdp_config`: all processes then divide the layers"
+        yield key, "FSDP2 cannot shard the divided layers of a quantized base", remedy
+    if recipe.dp_replicate_size > 1:
+        why = "there are no copies of a model whose layers are divided and sharded"
+        yield ("dp_replicate_size",), why, "Remove it"
+    for name, asked in (
+        ("offload_params", config.offload_params),
+        ("activation_checkpointing", config.activation_checkpointing),
+        ("auto_wrap_policy", config.auto_wrap_policy == "SIZE_BASED_WRAP"),
+    ):
+        if asked:
+            why = "Transformers lays out FSDP2 beside tensor_parallel_size, without this"
+            yield ("fsdp_config", name), why, "Remove it, or tensor_parallel_size"
 
 
 _OF_WHOLE_LAYERS = (
@@ -174,12 +206,13 @@ def divided_layers_are_trained_plainly(recipe: Recipe, given: frozenset[str]) ->
 
 RULES = (
     divided_layers_are_whole_copies,
+    divided_layers_are_sharded_in_groups,
     divided_layers_are_trained_plainly,
     one_way_of_sharding,
     deepspeed_says_only_where,
     deepspeed_is_a_configuration,
     sizes_need_fsdp,
     sizes_multiply_to_the_processes,
-    sizes_have_a_number,
+    lists_of_layers_are_not_gathered,
     muon_sees_whole_matrices,
 )

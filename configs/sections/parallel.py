@@ -19,19 +19,19 @@ class FsdpConfig(Section):
     """Keep weights and optimizer in the host's memory between uses. Default false."""
 
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass; takes the place of `gradient_checkpointing`.
-    Default false."""
+    """The same as `gradient_checkpointing: true`, in whose place it is. Default false."""
 
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = (
         "TRANSFORMER_BASED_WRAP"
     )
-    """What is gathered at a time: a layer, so many parameters, or all. Default: a layer."""
+    """What is gathered at a time: a layer, or all. Default: a layer. SIZE_BASED_WRAP, so many
+    parameters, is refused."""
 
     transformer_layer_cls_to_wrap: Texts = ()
     """Classes of the layers. Default: those that the model names itself."""
 
     min_num_params: Whole = 0
-    """With SIZE_BASED_WRAP: parameters gathered at a time."""
+    """Of no effect: it is for SIZE_BASED_WRAP."""
 
     cpu_ram_efficient_loading: bool = False
     """Take the weights of one process for all of them when sharding. Default false: each process
@@ -104,9 +104,10 @@ class ParallelSection(Section):
 
     tensor_parallel_size: Count = 1
     """Processes that each hold a part of every layer and compute it together, on GPUs: all
-    processes of the training (tensor parallelism, by Transformers' plan for the architecture). For
-    full training, LoRA and QLoRA in 4 bits; our kernels are off. Beside `fsdp_config`, FSDP2
-    divides over as many more processes instead. Default 1."""
+    processes of the training (tensor parallelism, by Transformers' plan for the architecture), for
+    full training, LoRA and QLoRA in 4 bits. With `fsdp_config`, groups of so many: each reads rows
+    of its own, and FSDP2 shards the parts over the groups, for full training and LoRA
+    (`dp_shard_size` is their number). Our kernels are off. Default 1."""
 
     gpu_memory_limit: Gib | None = None
     """Of each GPU's memory training fills no more than so many GiB; as text with a unit, too:

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -126,21 +127,22 @@ def group(tensors: Sequence[Tensor]) -> list[Projection]:
 
 
 def in_8_bits(projections: Sequence[Projection], made: dict[int, Float8Weight]) -> list[Projection]:
-    """The projections over 8-bit weights, which are rounded on the first call alone."""
-    for projection in projections:
-        weight = projection.weight
-        assert isinstance(weight, Tensor)
-        if weight.data_ptr() not in made:
-            made[weight.data_ptr()] = Float8Weight.of(weight)
+    """The projections over 8-bit weights, which are rounded on the first call alone: those of one
+    input together, as in training."""
+    for _, together in groupby(projections, lambda p: p.weight.shape[1]):  # pyright: ignore
+        weights: list[Any] = [projection.weight for projection in together]
+        if weights[0].data_ptr() not in made:
+            rounded = Float8Weight.of_group(weights)
+            made.update(zip((w.data_ptr() for w in weights), rounded, strict=True))
     return [replace(p, weight=made[p.weight.data_ptr()]) for p in projections]  # pyright: ignore
 
 
 def in_4_bits(
-    projections: Sequence[Projection], made: dict[int, Callable[[], Tensor]]
+    projections: Sequence[Projection], made: dict[int, nf4.Nf4Weight]
 ) -> list[Projection]:
     """The projections over random weights in nf4 with double quantization."""
 
-    def weight(shape: Any, scale: float) -> Callable[[], Tensor]:
+    def weight(shape: Any, scale: float) -> nf4.Nf4Weight:
         count = shape[0] * shape[1]
         packed, blocks = (
             torch.randint(0, 256, (n,), device="cuda", dtype=torch.uint8)
@@ -149,7 +151,7 @@ def in_4_bits(
         code, code2 = (torch.linspace(-1, 1, n, device="cuda") for n in (16, 256))
         scale2 = torch.full((-(-len(blocks) // 256),), scale, device="cuda")
         scales = nf4.Scales(blocks, 64, code2, scale2, 2 * scale2[0], 256)
-        return lambda: nf4.dequantize(packed, code, scales, shape, torch.bfloat16)
+        return nf4.Nf4Weight(packed, code, scales, tuple(shape), torch.bfloat16)
 
     for projection in projections:
         dense = projection.weight
@@ -173,7 +175,7 @@ def lora_case(name: str, outputs: Sequence[int], inputs: int) -> Case:
     def eighth(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return lora_linear.lora_linear(x, *in_8_bits(group(tensors), weights8))
 
-    weights4: dict[int, Callable[[], Tensor]] = {}
+    weights4: dict[int, nf4.Nf4Weight] = {}
 
     def fourth(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return lora_linear.lora_linear(x, *in_4_bits(group(tensors), weights4))

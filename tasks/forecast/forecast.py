@@ -124,7 +124,7 @@ def forecast(
         processes: training processes, one on each GPU.
     """
     model = read_model(place)
-    device = _limited(device, recipe.gpu_memory_limit)
+    known, device = device, _limited(device, recipe.gpu_memory_limit)
     choice = careful(recipe)
     course = _course(recipe, amount) if amount else None
     beside = _side_by_side(model)
@@ -144,7 +144,7 @@ def forecast(
     lines = [*(f"note: {note}" for note in found.notes), *beside]
     if device is not None:
         lines += advice(wish, found, device.memory)
-    hours, why = _hours(setting, course, device)
+    hours, why = _hours(setting, course, known)
     lines += [why] if why else []
     waiting = host_bytes(setting)
     if setting.policy == OFFLOAD:

@@ -66,8 +66,7 @@ def wish_of_job(spec: TrainSpec, placement: TrainPlacement, facts: Facts) -> Wis
         dtype_bytes=HALF if spec.dtype == "bfloat16" else FULL,
         division=division,
     )
-    fsdp = placement.sharding.fsdp or {}
-    asked = True if fsdp.get("activation_checkpointing") else placement.gradient_checkpointing
+    asked = placement.gradient_checkpointing
     return Wish(
         setting,
         row_tokens=facts.row_tokens,
@@ -142,8 +141,8 @@ def division_of(sharding: Sharding, processes: int) -> Division:
             f"context_parallel_size: {processes} processes are no groups of {context}; lower it, "
             "or change num_processes"
         )
-    if sharding.tensor_parallel_size > 1:  # of all processes: `regrow.tasks.train.parallel`
-        return Division(processes, processes, "tp")
+    if sharding.tensor_parallel_size > 1:  # as `regrow.tasks.train.parallel` has it
+        return _cut(sharding, processes)
     if sharding.fsdp is not None and processes > 1:
         return _fsdp(sharding, processes)
     if processes == 1 or sharding.deepspeed is None:
@@ -160,6 +159,20 @@ def division_of(sharding: Sharding, processes: int) -> Division:
         offloads_weights=_is_offloaded(zero, "offload_param"),
         context=context,
     )
+
+
+def _cut(sharding: Sharding, processes: int) -> Division:
+    """One copy over all processes, by tensor parallelism alone or with FSDP2 over groups of it."""
+    cut = sharding.tensor_parallel_size
+    if sharding.shards_of_layers(processes) == 1:
+        return Division(processes, processes, "tp", cut=processes)
+    if processes % cut:
+        raise StageError(
+            f"tensor_parallel_size: {processes} processes are no groups of {cut}; change one"
+        )
+    assert sharding.fsdp is not None
+    gathered = not sharding.fsdp["reshard_after_forward"]
+    return Division(processes, processes, "fsdp2", gathered, cut=cut)
 
 
 def _fsdp(sharding: Sharding, processes: int) -> Division:

@@ -425,7 +425,7 @@ def _workspace(setting: Setting) -> float:
         # An MLP that goes in slices makes its three matrices for all of them.
         total += one * (3 if min(slice_share(layer) for layer in setting.layers()) < 1 else 1)
     if division.share("weights") < 1 and division.way != "tp":
-        total += _gathered(setting)
+        total += _gathered(setting) / division.cut
     return total
 
 
@@ -447,7 +447,8 @@ def _gathered(setting: Setting) -> float:
 
 def _sends_rounded(setting: Setting) -> bool:
     """Whether FSDP2 gathers bfloat16 forms of float32 weights (`regrow.tasks.train.gathering`)."""
-    whole = setting.division.way == "fsdp2" and not setting.trainable.has_adapter
+    division = setting.division
+    whole = division.way == "fsdp2" and division.cut == 1 and not setting.trainable.has_adapter
     return whole and not setting.frozen and setting.dtype_bytes == HALF
 
 

@@ -39,12 +39,13 @@ class Division:
     offloads_weights: bool = False
     context: int = 1
     """Processes that share each row."""
+    cut: int = 1
+    """Processes that each have a part of every layer: tensor parallelism."""
 
     @property
     def readers(self) -> int:
         """Groups of processes that read different rows."""
-        together = self.shards if self.way == "tp" else 1
-        return max(1, self.processes // self.context // together)
+        return max(1, self.processes // self.context // self.cut)
 
     def share(self, part: str) -> float:
         """Of weights, gradients or optimizer: how much of it one GPU holds."""

@@ -13,9 +13,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from regrow.tasks.merge.base_model import Base
-from regrow.tasks.merge.files import ShardWriter
 from regrow.tasks.merge.lazy import merged, units
 from regrow.tasks.modeling.load import DTYPES
+from regrow.tasks.modeling.model_files import ShardWriter, write_config
 from regrow.tasks.modeling.rounding import round_stochastically
 
 
@@ -31,7 +31,7 @@ def write_merged(base: Base, adapted: PeftModel, dtype: str, out: Path) -> None:
         for name, tensor in weights:
             writer.add(name, tensor)
         writer.close()
-        _write_config(base, dtype, out)
+        write_config(base.model, dtype, out)
         return
     # The model's own way back to the names and shapes of its files.
     parameters = {name: parameter for parameter, name in base.weights.names.items()}
@@ -83,13 +83,3 @@ def _trained_whole(adapted: PeftModel) -> dict[nn.Parameter, Tensor]:
             for name, parameter in module.original_module.named_parameters():
                 found[parameter] = new[name].data
     return found
-
-
-def _write_config(base: Base, dtype: str, out: Path) -> None:
-    """As `save_pretrained` leaves them."""
-    model: Any = base.model
-    model.config.dtype = dtype
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(str(out))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(str(out))

@@ -65,6 +65,30 @@ def _check_device(device: str) -> None:
         )
 
 
+class _Rounded:
+    """Weights that are rounded to 8 bits as one, when they are first asked for.
+
+    It knows no layer: one that it belonged to would be a cycle, which holds all of them on the
+    device until Python looks for garbage.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], merged: Sequence[list[str]]) -> None:
+        self.weights, self._merged = list(weights), list(merged)
+        self._made: list[Float8Weight] = []
+        self._state: list[tuple[Any, ...]] = []
+
+    def part(self, number: int) -> Float8Weight:
+        """One of them; all are made again when one has moved or changed since."""
+        now = [
+            (weight.device, weight.data_ptr(), weight._version, *merged)
+            for weight, merged in zip(self.weights, self._merged, strict=True)
+        ]
+        if now != self._state:
+            self._made = Float8Weight.of_group([weight.detach() for weight in self.weights])
+            self._state = now
+        return self._made[number]
+
+
 class Float8Linear(nn.Module):
     """A frozen linear layer that multiplies in 8 bits, both directions; its weight stays.
 
@@ -79,22 +103,13 @@ class Float8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self._merged = [] if merged is None else merged
-        self._in_8_bits: Float8Weight | None = None
-        self._state: tuple[Any, ...] = ()
-        self._together: list[Float8Linear] = [self]  # no child: a list
+        self._rounded, self._number = _Rounded([self.weight], [self._merged]), 0
 
     def in_8_bits(self) -> Float8Weight:
         """The weight, rounded row by row and column by column."""
-        if self._in_8_bits is None or self._state != self._seen():
-            made = Float8Weight.of_group([linear.weight.detach() for linear in self._together])
-            for linear, weight in zip(self._together, made, strict=True):
-                linear._in_8_bits, linear._state = weight, linear._seen()
-        assert self._in_8_bits is not None
-        return self._in_8_bits
-
-    def _seen(self) -> tuple[Any, ...]:
-        weight = self.weight
-        return weight.device, weight.data_ptr(), weight._version, *self._merged
+        if self._rounded.weights[self._number] is not self.weight:  # another parameter
+            round_together([self])
+        return self._rounded.part(self._number)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
@@ -106,8 +121,9 @@ class Float8Linear(nn.Module):
 
 def round_together(linears: Sequence[Float8Linear]) -> None:
     """Layers of one input: their weights are rounded as one, and can be multiplied as one."""
-    for linear in linears:
-        linear._together, linear._in_8_bits = list(linears), None
+    rounded = _Rounded([each.weight for each in linears], [each._merged for each in linears])
+    for number, linear in enumerate(linears):
+        linear._rounded, linear._number = rounded, number
 
 
 def freeze_in_float8(model: nn.Module, device: str) -> int:

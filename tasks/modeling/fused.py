@@ -188,7 +188,7 @@ class FusedAttention(nn.Module):
         return ["rope"] * self._rotates + ["qk_norm"] * (self._rotates and self._eps > 0)
 
     @property
-    def begins_with_residual(self) -> bool:
+    def adds_residual(self) -> bool:
         """Whether adding one to the result costs less here than in the norm after it."""
         return isinstance(self._modules["o_proj"], LoraLayer)
 

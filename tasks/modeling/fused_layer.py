@@ -1,10 +1,10 @@
 """A decoder layer whose sums of the residual stream are computed with its norms.
 
 A layer of Llama's kind is x + attention(norm(x)), then x + mlp(norm(x)). Under an adapter a sum is
-begun with it, and the last product of attention or MLP adds itself (`low_rank_sum`); else the first
-sum is made in the pass of the second norm. What reaches x on the way back, from its norm and from
-beside it, is added in the pass of that norm's gradient. Of 22 passes over [T, H] a layer 17 are
-left, under adapters 14. The layer hands on one tensor as the layer before it did.
+made where the update is added to the last product of attention or MLP (`low_rank_sum`); else the
+first sum is made in the pass of the second norm. What reaches x on the way back, from its norm and
+from beside it, is added in the pass of that norm's gradient. Of 22 passes over [T, H] a layer 17
+are left, under adapters 16. The layer hands on one tensor as the layer before it did.
 
 The layer is one of a subclass of its own class, with the same name: Transformers (gradient
 checkpointing, outputs that are recorded) and FSDP (what is wrapped) know it by either.
@@ -28,7 +28,7 @@ class _WithSums:
         layer: Any = self
         normed, stream = layer.input_layernorm(hidden_states, beside=True)
         attention = layer.self_attn
-        if isinstance(attention, FusedAttention) and attention.begins_with_residual:
+        if isinstance(attention, FusedAttention) and attention.adds_residual:
             stream, _ = attention(hidden_states=normed, residual=stream, **kwargs)
             normed, stream = layer.post_attention_layernorm(stream, beside=True)
         else:

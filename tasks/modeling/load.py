@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from regrow.configs.facts import SEPARABLE_LAYERS, STATEFUL
 from regrow.tasks.modeling import attention as packed
-from regrow.tasks.modeling import side_by_side
+from regrow.tasks.modeling import gptq, side_by_side
 from regrow.tasks.modeling.quantization import Quantization, require_package
 from regrow.tasks.stage import StageError
 
@@ -41,10 +41,11 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     tensor_parallel_size: int = 1,
+    fsdp_size: int = 1,
 ) -> PreTrainedModel:
     """The causal language model in `path`, on the CPU, weights in `dtype`.
 
-    One that is stored in FP8 or MXFP4 is dequantized to `dtype`.
+    One that is stored in FP8, MXFP4 or GPTQ is dequantized to `dtype`.
 
     Args:
         dtype: a name in `DTYPES`.
@@ -52,6 +53,7 @@ def load_model(
         attention: "regrow_packed" for packed rows, "sdpa" for generation and padded batches.
         tensor_parallel_size: above 1, this process holds a part of each layer only, on its own
             device, by Transformers' plan for the architecture; all processes call it together.
+        fsdp_size: beside it, groups of such processes, over which FSDP2 shards those parts.
 
     Raises:
         StageError: a file is missing, the architecture is unknown, weights do not fit the
@@ -62,27 +64,53 @@ def load_model(
     directory = _model_directory(path)
     config, runs = _usable_config(directory, trust_remote_code, attention)
     own = quantization and quantization.config(divided=tensor_parallel_size > 1)
+    weights = _read_gptq(config, directory)
     quantized = own or _stored_quantization(config, directory)
+    model = _read_model(
+        directory,
+        weights,
+        config=config,
+        **({"quantization_config": quantized} if quantized else {}),
+        **_divided(tensor_parallel_size, fsdp_size),
+        dtype=DTYPES[dtype],
+        attn_implementation=runs,
+        trust_remote_code=trust_remote_code,
+    )
+    _settle(model, attention, runs, directory)
+    if own:
+        _keep_gradients(model)
+    elif quantized:
+        _forget_form(model)
+    return model
+
+
+def _read_model(
+    directory: Path, weights: dict[str, torch.Tensor] | None, *, config: Any, **options: Any
+) -> Any:
+    """The model in the directory, or of its config and `weights`."""
+    # The automatic class wants a place.
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if weights else AutoModelForCausalLM
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
+        model, report = kind.from_pretrained(
+            None if weights else directory,
             config=config,
-            **({"quantization_config": quantized} if quantized else {}),
-            **_divided(tensor_parallel_size),
-            dtype=DTYPES[dtype],
-            attn_implementation=runs,
+            state_dict=weights,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
-        model, report = loaded
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {directory} cannot be loaded: {error}") from error
     _check_weights(report, directory)
-    _settle(model, attention, runs, directory)
-    if quantized:
-        _keep_gradients(model)
+    if weights:
+        _use_generation_config(model, directory)
     return model
+
+
+def _forget_form(model: Any) -> None:
+    """Transformers keeps how it read the weights and, when it saves the model, would quantize those
+    anew that it has dequantized, without a word of it in config.json (5.23)."""
+    vars(model).pop("_weight_conversions", None)  # absent in 5.17
 
 
 def _keep_gradients(model: PreTrainedModel) -> None:
@@ -110,8 +138,7 @@ def random_model(
         attn_implementation=runs,
         trust_remote_code=trust_remote_code,
     )
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _use_generation_config(model, directory)
     _settle(model, attention, runs, directory)
     return model
 
@@ -143,19 +170,25 @@ def empty_model(
             trust_remote_code=trust_remote_code,
         )
     model.tie_weights()  # the empty parameters were made one by one
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _use_generation_config(model, directory)
     _settle(model, attention, runs, directory)
     return model
 
 
-def _divided(tensor_parallel_size: int) -> dict[str, Any]:
+def _use_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """The file's, which comes with the weights only where Transformers reads them."""
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+
+
+def _divided(tensor_parallel_size: int, fsdp_size: int) -> dict[str, Any]:
     if tensor_parallel_size == 1:
         return {}
     # Of many processes only.
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
+    groups: dict[str, Any] = {"fsdp_size": fsdp_size} if fsdp_size > 1 else {}
+    return {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size, **groups)}
 
 
 def _usable_config(directory: Path, trust_remote_code: bool, attention: str) -> tuple[Any, str]:
@@ -201,6 +234,15 @@ def stored_quantization(config: Any) -> str | None:
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found
     return str(getattr(method, "quant_method", method)) if found else None
+
+
+def _read_gptq(config: Any, directory: Path) -> dict[str, torch.Tensor] | None:
+    """The plain weights of a model stored as GPTQ, whose configuration forgets it; else None."""
+    if stored_quantization(config) != "gptq":
+        return None
+    weights = gptq.plain_weights(directory, config.quantization_config)
+    del config.quantization_config
+    return weights
 
 
 def _stored_quantization(config: Any, directory: Path) -> Any:

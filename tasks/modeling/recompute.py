@@ -65,7 +65,10 @@ def _attends(operation: str) -> bool:
 
 
 def take_smaller_parts(model: Any) -> None:
-    """Of the logits and of each MLP's tokens at a time, where memory is short."""
+    """Of the logits and of each MLP's tokens at a time, where memory is short.
+
+    The result is the same, but for dropout inside the MLP: each slice draws masks of its own.
+    """
     for module in model.modules():
         if isinstance(module, LossHead):
             module.logits_bytes = SCARCE_LOGITS_BYTES

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 _DROPPED_BITS = 16  # float32 has 23 bits of mantissa, bfloat16 the upper 7 of them
 
+_BLOCK = 2**20
+"""Numbers rounded together: what is needed meanwhile is some 14 MiB, however large a weight
+is. A multiple of 4, the numbers in a word of random bits."""
+
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring the model to `dtype`, in place; the same bytes each time.
@@ -34,16 +38,30 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
 
 
+def rounded(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """What `round_weights` makes of one parameter, or of a buffer among the weights."""
+    if dtype == torch.bfloat16 and parameter.dtype == torch.float32:
+        return round_stochastically(parameter, name)
+    return parameter.to(dtype) if parameter.is_floating_point() else parameter
+
+
 def round_stochastically(weight: Tensor, name: str) -> Tensor:
     """A finite float32 tensor as bfloat16. What bfloat16 can hold is not changed."""
-    bits = weight.detach().cpu().contiguous().view(torch.int32)
-    noise = torch.from_numpy(_random_bits(name, bits.numel())).view(bits.shape)
-    rounded = (bits + noise) & -(1 << _DROPPED_BITS)
-    return rounded.view(torch.float32).to(weight.device, torch.bfloat16)
+    bits = weight.detach().cpu().contiguous().view(torch.int32).flatten()
+    found = torch.empty(bits.shape, dtype=torch.bfloat16)
+    random = _random_words(name)
+    for part, place in zip(bits.split(_BLOCK), found.split(_BLOCK), strict=True):
+        noise = torch.from_numpy(_random_bits(random, part.numel()))
+        place.copy_(((part + noise) & -(1 << _DROPPED_BITS)).view(torch.float32))
+    return found.view(weight.shape).to(weight.device)
 
 
-def _random_bits(name: str, count: int) -> np.ndarray:
-    """`count` numbers of 16 random bits, int32. Numpy never changes this stream (NEP 19)."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
-    words = np.random.Philox(key=key).random_raw(-(-count // 4))  # 4 times 16 bits in a word
-    return words.astype("<u8").view("<u2")[:count].astype(np.int32)
+def _random_words(name: str) -> np.random.Philox:
+    """A stream of 64 random bits at a time. Numpy never changes it (NEP 19)."""
+    return np.random.Philox(key=int.from_bytes(hashlib.sha256(name.encode()).digest()[:16]))
+
+
+def _random_bits(words: np.random.Philox, count: int) -> np.ndarray:
+    """The next `count` numbers of 16 random bits, int32."""
+    found = words.random_raw(-(-count // 4))  # 4 times 16 bits in a word
+    return found.astype("<u8").view("<u2")[:count].astype(np.int32)

@@ -105,9 +105,9 @@ def take_first_values(model: nn.Module, whole: Mapping[str, Tensor] | None) -> N
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         if whole is not None:
             value.copy_(whole[name])
+        torch.distributed.broadcast(value, src=0)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
-            parameter.copy_(distribute_tensor(value, mesh, placements))
+            parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
         else:
-            torch.distributed.broadcast(value, src=0)
             parameter.copy_(value)

@@ -16,6 +16,9 @@ from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.part import EVIDENCE, PEER_LOST
 
 _SAVED = re.compile(r".*checkpoint of step (\d+) is safe.*")
+_FALLBACK = re.compile(r".*should memory run out, it goes on with gradient_checkpointing: (\w+)")
+# Masks are drawn for each micro-batch, and for each slice of an MLP's tokens.
+_SAME = "the result is the same, but for dropout's masks"
 
 
 class Preempted(StageError):  # noqa: N818 (the name says what is the matter)
@@ -33,13 +36,20 @@ class Attempts:
         self._limit = job.placement.time_limit
         self._left = job.placement.max_restarts
         self._saved = -1
+        self._fallback: str | None = None
 
     def hear(self, line: str) -> None:
-        """Look at a line of the worker's output: a new checkpoint is progress."""
+        """Look at a line of the worker's output: a new checkpoint is progress.
+
+        What takes less memory is for the worker to say: it knows the device and its host.
+        """
         found = _SAVED.fullmatch(line)
         if found and int(found[1]) > self._saved:
             self._saved = int(found[1])
             self._left = self.job.placement.max_restarts
+        found = _FALLBACK.fullmatch(line)
+        if found:
+            self._fallback = found[1]
 
     def after(self, failure: WorkerFailed) -> None:
         """Choose how to go on; `job` then says it.
@@ -67,6 +77,7 @@ class Attempts:
         if self._limit is not None:
             left = max(1.0, self._limit - (time.monotonic() - self._begin))
             self._change(time_limit=left)
+        self._fallback = None  # the next worker has its own
 
     def _after_preemption(self) -> None:
         left = json.loads(self.job.preempted_path.read_text())
@@ -80,19 +91,22 @@ class Attempts:
 
     def _after_memory(self, failure: WorkerFailed) -> None:
         place = self.job.placement
-        if place.gradient_checkpointing == "auto":  # what was made out for it was wrong
+        if self._fallback is not None:  # the memory model was wrong
+            what = "whole layers computed again"
+            if self._fallback == "offload":
+                what = "all layers' inputs in the host's memory"
             self._report.log(
-                "the device has too little memory for what gradient_checkpointing: auto chose: "
-                "going on with layers' inputs in the host's memory (the result is the same)"
+                "the device has too little memory: going on with gradient_checkpointing: "
+                f"{self._fallback}, {what} ({_SAME})"
             )
-            self._change(gradient_checkpointing="offload")  # no policy takes less
+            self._change(fallback=self._fallback)
             return
         if not place.retry_on_oom or place.micro_batch_size == 1:
             raise StageError(memory_advice(failure, self.job)) from failure
         half = place.micro_batch_size // 2
         self._report.log(
             f"the device has too little memory for micro_batch_size {place.micro_batch_size}: "
-            f"going on with {half} and more accumulation (the result is the same)"
+            f"going on with {half} and more accumulation ({_SAME})"
         )
         self._change(micro_batch_size=half)
 
@@ -138,10 +152,11 @@ def memory_advice(failure: WorkerFailed, job: WorkerJob) -> str:
             "lower micro_batch_size and raise gradient_accumulation_steps by the same factor (the "
             "result stays the same)"
         )
-    if not place.gradient_checkpointing:
+    policy = place.fallback or place.gradient_checkpointing
+    if not policy:
         ways.append("set gradient_checkpointing: true")
-    elif place.gradient_checkpointing != "offload":
-        ways.append("set gradient_checkpointing: offload")
+    elif policy != "offload":
+        ways.append("set gradient_checkpointing: offload, if the host has memory for it")
     ways.append("lower sequence_len")
     if place.gpu_memory_limit:
         ways.append("raise gpu_memory_limit")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -32,7 +34,7 @@ class KeepBest(TrainerCallback, ExportableState):
         save: bool = False,
         kept: Path | None = None,
         writes: bool = True,
-        weights: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
     ) -> None:
         """`path`: the file it keeps them in, beginning with what a checkpoint had (`kept`).
 
@@ -85,6 +87,16 @@ class KeepBest(TrainerCallback, ExportableState):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(best[name])
+
+    def in_place_of(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights one after the other, those that were kept from the best validation."""
+        if not self.path.is_file():
+            yield from weights
+            return
+        with safe_open(self.path, "pt") as best:
+            kept = set(best.keys())
+            for name, weight in weights:
+                yield name, best.get_tensor(name) if name in kept else weight
 
 
 def has_stopped(values: Mapping[str, Any], patience: int) -> bool:

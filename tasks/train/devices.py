@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regrow.infra.launch import local_rank
 from regrow.tasks.stage import StageError
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
 
@@ -61,13 +62,15 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
     """
     if gib is None:
         return
+    level = logging.DEBUG if local_rank() else logging.WARNING  # one line for each machine
     if device.type != "cuda":
-        logger.warning("gpu_memory_limit does nothing here: training is on the %s", device.type)
+        words = "gpu_memory_limit does nothing here: training is on the %s"
+        logger.log(level, words, device.type)
         return
     whole = torch.cuda.get_device_properties(device).total_memory
     share = gib * 2**30 / whole
     if share > 1:
-        logger.warning("gpu_memory_limit: the GPU has only %.1f GiB", whole / 2**30)
+        logger.log(level, "gpu_memory_limit: the GPU has only %.1f GiB", whole / 2**30)
     torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, staying
+from regrow.tasks.forecast.fit import Choice, Room, Wish, choose, host_lacks, staying
 from regrow.tasks.forecast.job_setting import Facts, wish_of_job
-from regrow.tasks.forecast.memory import GIB, Memory, memory
+from regrow.tasks.forecast.memory import GIB, Memory, host_bytes, memory
 from regrow.tasks.forecast.model_shape import UnknownArchitectureError, model_shape
-from regrow.tasks.forecast.setting import FULL_LAYERS, NONE, OFFLOAD
+from regrow.tasks.forecast.setting import FULL_LAYERS, NONE, OFFLOAD, SELECTIVE
 from regrow.tasks.forecast.trainable import UnknownTargetsError
 from regrow.tasks.modeling.kernels import Swapped
 from regrow.tasks.modeling.row_sizes import read_sizes
@@ -50,7 +50,9 @@ class Fit:
     stays: float = 0.0
     """Bytes of activations that stay on the device although others wait on the host."""
     fits: bool = True
-    """False where "auto" found nothing that does."""
+    """False where "auto" found nothing that does, or the host has too little memory."""
+    fallback: str | None = None
+    """What takes less of the device, should its memory run out, if there is something."""
 
     @property
     def roomy(self) -> bool:
@@ -82,7 +84,7 @@ def fit(job: WorkerJob, model: Any, kernels: Swapped, split: Split, args: Traini
         model: as it is trained.
     """
     room = smallest_room(args) if args.device.type == "cuda" else None
-    asked = job.placement.gradient_checkpointing
+    asked, fallback = job.placement.gradient_checkpointing, job.placement.fallback
     if is_attached(model):
         wish, unknown = None, "it computes examples side by side, which is not counted yet"
         if asked == OFFLOAD:
@@ -90,27 +92,47 @@ def fit(job: WorkerJob, model: Any, kernels: Swapped, split: Split, args: Traini
             asked = True
     else:
         wish, unknown = _wish(job, model.config, kernels, split, args.world_size)
-    found = [decide(asked, wish, unknown, room)]
+    found = [decide(asked, wish, unknown, room, fallback)]
     if args.world_size > 1:  # one for all, though their libraries might differ
         torch.distributed.broadcast_object_list(found, src=0, device=args.device)
     if found[0].why:
         level = logging.INFO if found[0].fits else logging.WARNING
         logger.log(level, "gradient_checkpointing: %s, %s", found[0].policy, found[0].why)
+    if found[0].fallback:  # `regrow.tasks.train.attempts` listens
+        policy = found[0].fallback
+        logger.info("should memory run out, it goes on with gradient_checkpointing: %s", policy)
     return found[0]
 
 
-def decide(asked: bool | str, wish: Wish | None, unknown: str, room: Room | None) -> Fit:
+def decide(
+    asked: bool | str,
+    wish: Wish | None,
+    unknown: str,
+    room: Room | None,
+    fallback: str | None = None,
+) -> Fit:
     """The answer from the facts.
 
     Args:
         asked: true, false, a policy or "auto".
         unknown: why there is no wish.
         room: None on a CPU, where nothing is computed again unless it is asked for.
+        fallback: the policy that takes its place, now that memory has run out.
     """
-    policy = {True: FULL_LAYERS, False: NONE}.get(asked) if isinstance(asked, bool) else asked
-    assert policy is not None
-    if policy != "auto":
-        return _expected(policy, "", wish, room)
+    is_auto = asked == "auto"
+    if fallback is not None:
+        found = _expected(fallback, wish, room, fills=False)
+    elif is_auto:
+        found = _chosen(wish, unknown, room)
+    else:
+        policy = {True: FULL_LAYERS, False: NONE}.get(asked) if isinstance(asked, bool) else asked
+        assert policy is not None
+        found = _expected(policy, wish, room)
+    return dataclasses.replace(found, fallback=_fallback(found, is_auto, wish))
+
+
+def _chosen(wish: Wish | None, unknown: str, room: Room | None) -> Fit:
+    """What "auto" means."""
     if room is None:
         return Fit(NONE)
     if wish is None:
@@ -118,7 +140,7 @@ def decide(asked: bool | str, wish: Wish | None, unknown: str, room: Room | None
     chosen = choose(wish, room, Choice(wish.micro_batch or 1, FULL_LAYERS))
     policy = chosen.checkpointing or NONE
     assert isinstance(policy, str)
-    found = _expected(policy, "", wish, room)
+    found = _expected(policy, wish, room)
     assert found.forecast is not None
     why = (
         f"for micro-batches of {wish.row_tokens * chosen.micro_batch:,} tokens, which take about "
@@ -129,13 +151,32 @@ def decide(asked: bool | str, wish: Wish | None, unknown: str, room: Room | None
     return dataclasses.replace(found, why=why, fits=chosen.fits)
 
 
-def _expected(policy: str, why: str, wish: Wish | None, room: Room | None) -> Fit:
-    """With what the memory model says of it."""
+def _expected(policy: str, wish: Wish | None, room: Room | None, fills: bool = True) -> Fit:
+    """With what the memory model says of it.
+
+    Args:
+        fills: whether offloaded activations may fill what the device has to spare.
+    """
     if wish is None or room is None:
-        return Fit(policy, why, None, room)
+        return Fit(policy, room=room)
     setting = wish.at(wish.micro_batch or 1, policy)
-    stays = staying(setting, room)
-    return Fit(policy, why, memory(dataclasses.replace(setting, stays=stays)), room, stays)
+    stays = staying(setting, room) if fills else 0.0
+    lacks = host_lacks(host_bytes(setting) - stays, room)
+    forecast = memory(dataclasses.replace(setting, stays=stays))
+    return Fit(policy, lacks, forecast, room, stays, fits=not lacks)
+
+
+def _fallback(found: Fit, is_auto: bool, wish: Wish | None) -> str | None:
+    """What takes less of the device than what was found, as far as it is ours to choose."""
+    if is_auto and found.policy in (NONE, SELECTIVE):
+        return FULL_LAYERS
+    if wish is None or found.room is None:
+        return None
+    inputs = host_bytes(wish.at(wish.micro_batch or 1, OFFLOAD))
+    less = is_auto
+    if found.policy == OFFLOAD:
+        less = found.stays >= 2 * inputs / wish.setting.shape.layers  # one stays in any case
+    return OFFLOAD if less and not host_lacks(inputs, found.room) else None
 
 
 def _wish(

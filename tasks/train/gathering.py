@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import TrainerCallback
 
 from regrow.tasks.modeling.load import DTYPES
+from regrow.tasks.modeling.sharded_layers import is_sharded
 from regrow.tasks.train.sharding import Sharding
 from regrow.tasks.train.spec import TrainSpec
 
@@ -38,12 +39,11 @@ def rounds_before_sending(spec: TrainSpec, sharding: Sharding) -> bool:
 
     With adapters the frozen base is held in bfloat16 and travels so. What Accelerate does while it
     lays a model out itself is left to it: to fill the empty tensors that an efficient load into the
-    host's memory gives all ranks but one, and to put checkpointing around layers.
+    host's memory gives all ranks but one.
     """
     whole = spec.adapter is None and spec.quantization is None and not spec.fp8
-    fsdp = sharding.fsdp or {}
-    others = any(fsdp.get(x) for x in ("cpu_ram_efficient_loading", "activation_checkpointing"))
-    by_layer = sharding.fsdp is not None and sharding.gathers_layers and not others
+    loads_once = (sharding.fsdp or {}).get("cpu_ram_efficient_loading")
+    by_layer = sharding.fsdp is not None and sharding.gathers_layers and not loads_once
     return whole and by_layer and spec.dtype != "float32"
 
 
@@ -51,10 +51,9 @@ def gather_rounded(model: Any, trainer: Any, spec: TrainSpec, sharding: Sharding
     """Before Accelerate prepares a model for FSDP2: lay it out, if this training is such a one."""
     accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    trainer.add_callback(ReshardAfterValidation())
-    if not rounds_before_sending(spec, sharding):
+    if plugin is not None or is_sharded(model):
+        trainer.add_callback(ReshardAfterValidation())
+    if plugin is None or not rounds_before_sending(spec, sharding):
         return
     plugin.set_auto_wrap_policy(model)
     is_layer = fsdp2_prepare_auto_wrap_policy(plugin, model)

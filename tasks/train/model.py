@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
+from regrow.infra.launch import world_size
 from regrow.tasks.modeling.adapter import add_adapter, embedding_names, load_adapter
 from regrow.tasks.modeling.expert_balance import Routers
 from regrow.tasks.modeling.first_values import (
@@ -39,6 +40,13 @@ from regrow.tasks.modeling.loss_head import LossTerms
 from regrow.tasks.modeling.quantized_parts import divide_adapters
 from regrow.tasks.modeling.rounds import Rounds
 from regrow.tasks.modeling.rows import PackedRows, Row
+from regrow.tasks.modeling.sharded_layers import (
+    check_shared_weight,
+    is_sharded,
+    keep_gathered,
+    shard_adapter,
+    size_adapter,
+)
 from regrow.tasks.modeling.side_by_side import is_attached
 from regrow.tasks.modeling.tensor_parallel import (
     check_adapter,
@@ -89,8 +97,11 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
     model = _base(job, whole=whole)
     use_cache = bool(getattr(model.config, "use_cache", True))
     known = len(load_tokenizer(job.prepared / "tokenizer"))
-    if job.placement.sharding.tensor_parallel_size > 1 and not whole:
+    sharding = job.placement.sharding
+    if sharding.tensor_parallel_size > 1 and not whole:
         check_vocabulary(model, known)
+    if is_sharded(model):
+        _check_sharded(model, job)
     new_tokens = grow_embeddings(model, known)
     set_seed(spec.seed)
     partly: frozenset[str] = frozenset()
@@ -115,6 +126,14 @@ def build_model(job: WorkerJob, *, whole: bool = False) -> TrainedModel:
     _check_side_by_side(trained, job)
     routers = Routers(trained, spec.router_aux_loss_coef) if spec.router_aux_loss else None
     return TrainedModel(trained, use_cache, partly, first_values, rounds, kernels, routers)
+
+
+def _check_sharded(model: Any, job: WorkerJob) -> None:
+    """A base that Transformers has laid out for FSDP2 while it loaded it."""
+    if job.spec.adapter is None:
+        check_shared_weight(model, world_size())
+    if not (job.placement.sharding.fsdp or {}).get("reshard_after_forward", True):
+        keep_gathered(model)
 
 
 def _check_side_by_side(model: Any, job: WorkerJob) -> None:
@@ -144,6 +163,7 @@ def _base(job: WorkerJob, *, whole: bool) -> Any:
         trust_remote_code=trust,
         quantization=quantization,
         tensor_parallel_size=1 if whole else size,
+        fsdp_size=1 if whole else job.placement.sharding.shards_of_layers(world_size()),
     )
 
 
@@ -187,11 +207,16 @@ def _with_adapter(model: Any, spec: AdapterSpec, job: WorkerJob, *, whole: bool)
     adapted = add_adapter(model, **settings)
     if divided:
         check_divided(adapted)
+        sharded = is_sharded(adapted)
+        if sharded:
+            size_adapter(adapted)
         drawn_whole = divide_adapters(adapted)
         name_whole_sizes(adapted)
         if not drawn_whole:
             first = _rank() == 0
             take_first_values(adapted, trained_parameters(_one_process(job)) if first else None)
+        if sharded:
+            shard_adapter(adapted)
         set_seed(job.spec.seed)  # drop out the same on all
     if spec.init == "eva":
         if torch.cuda.is_available():

@@ -25,9 +25,11 @@ _TRANSFORMERS = {name.value for name in OptimizerNames}
 _CUDA_ONLY = {
     "paged_ademamix_8bit": "ademamix_8bit",
     "paged_ademamix_32bit": "ademamix",
-    "galore_adamw_8bit": "galore_adamw",
 }
 """Optimizers whose packages have no CPU code -> one that works there."""
+
+_IN_PLACE = {"galore_adamw_8bit": "regrow.tasks.train.galore.GaLoreAdamW8bit"}
+"""Optimizers that Transformers builds by name -> our class in place of the package's."""
 
 _PROJECTORS = {
     "galore": ("galore_torch.galore_projector.GaLoreProjector",),
@@ -71,6 +73,11 @@ def projectors_onto_device(optimizer: Any) -> None:
                 for name, inner in vars(value).items():
                     if isinstance(inner, torch.Tensor):
                         setattr(value, name, inner.to(parameter.device))
+
+
+def class_in_place(name: str, cls: type[Optimizer]) -> type[Optimizer]:
+    """What stands in for the class that Transformers takes for the optimizer; mostly that one."""
+    return _imported(_IN_PLACE[name]) if name in _IN_PLACE else cls
 
 
 def transformers_name(spec: TrainSpec) -> str:

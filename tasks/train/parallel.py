@@ -47,7 +47,7 @@ def parallel_settings(spec: TrainSpec, placement: TrainPlacement) -> dict[str, A
         settings["deepspeed"] = _copied(sharding.deepspeed)
         # DeepSpeed computes in the type of its weights, and keeps float32 ones for the optimizer.
         settings["bf16"] = spec.dtype == "bfloat16"
-    elif sharding.fsdp is not None and processes > 1:
+    elif sharding.fsdp is not None and processes > 1 and sharding.tensor_parallel_size == 1:
         # Autocast computes as it does on one GPU; FSDP2 gets no precision for the whole model, as
         # norms and the sums between layers would then be rounded too (H200 x2, 8 layers of
         # Llama-3.1-8B's shape: loss 11.27 after 12 steps, where one GPU had 11.14). Matrices alone
@@ -72,11 +72,9 @@ def _check_tensor_parallel(spec: TrainSpec, placement: TrainPlacement, processes
     size = placement.sharding.tensor_parallel_size
     if size == 1:
         return
-    if size != processes:
-        raise StageError(
-            f"tensor_parallel_size: {size} of {processes} training processes: a model divided this "
-            "way is one copy over all of them; set it to their number, or use `fsdp_config`"
-        )
+    _check_copy(placement.sharding, processes)
+    if placement.sharding.shards_of_layers(processes) > 1:
+        _check_shards(spec, placement.sharding)
     if spec.quantization and (spec.quantization.bits == 8 or spec.quantization.experts):
         raise StageError(
             "tensor_parallel_size: of quantized bases linear layers in 4 bits alone are divided; "
@@ -92,6 +90,41 @@ def _check_tensor_parallel(spec: TrainSpec, placement: TrainPlacement, processes
         raise StageError(
             "tensor_parallel_size: Accelerate's ParallelismConfig takes it on GPUs only; use "
             "`fsdp_config` on the CPU"
+        )
+
+
+def _check_copy(sharding: Sharding, processes: int) -> None:
+    """Raises StageError for processes that are not one copy of the model."""
+    size, shards = sharding.tensor_parallel_size, sharding.dp_shard_size
+    if sharding.fsdp is None and size != processes:
+        raise StageError(
+            f"tensor_parallel_size: {size} of {processes} training processes: a model divided this "
+            "way is one copy over all of them; set it to their number, or add `fsdp_config`, "
+            "which shards it over groups of them"
+        )
+    if processes % size or (shards is not None and shards * size != processes):
+        wanted = f" * dp_shard_size {shards}" if shards else ""
+        raise StageError(
+            f"tensor_parallel_size: {size}{wanted} does not make {processes} training processes; "
+            "change one of them"
+        )
+
+
+def _check_shards(spec: TrainSpec, sharding: Sharding) -> None:
+    """Raises StageError for what FSDP2 cannot do beside divided layers, as Transformers has it."""
+    fsdp = sharding.fsdp or {}
+    asked = {
+        "quantized base": spec.quantization,
+        "dp_replicate_size": sharding.dp_replicate_size > 1,
+        "fsdp_config.offload_params": fsdp.get("cpu_offload"),
+        "fsdp_config.activation_checkpointing": fsdp.get("activation_checkpointing"),
+        "SIZE_BASED_WRAP": fsdp.get("auto_wrap_policy") == "SIZE_BASED_WRAP",
+    }
+    others = [name for name, value in asked.items() if value]
+    if others:
+        raise StageError(
+            f"tensor_parallel_size: beside fsdp_config there is no {', '.join(others)}; remove it, "
+            "or one of the two"
         )
 
 

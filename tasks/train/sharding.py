@@ -35,6 +35,11 @@ class Sharding:
         divided = self.tensor_parallel_size > 1
         return self.fsdp is not None or self.divides_weights_by_zero or divided
 
+    def shards_of_layers(self, processes: int) -> int:
+        """Groups of processes over which FSDP2 shards divided layers; 1: it does not."""
+        together = self.tensor_parallel_size
+        return processes // together if self.fsdp is not None and together > 1 else 1
+
     @property
     def divides_weights_by_zero(self) -> bool:
         """Whether DeepSpeed leaves each process a part of every weight: ZeRO-3."""
@@ -74,7 +79,6 @@ class Sharding:
                 "reshard_after_forward": config.reshard_after_forward,
                 "auto_wrap_policy": config.auto_wrap_policy,
                 "cpu_offload": config.offload_params,
-                "activation_checkpointing": config.activation_checkpointing,
                 "cpu_ram_efficient_loading": config.cpu_ram_efficient_loading,
                 "min_num_params": config.min_num_params,
                 "state_dict_type": "FULL_STATE_DICT",  # never made: see `regrow.tasks.train.saving`

@@ -297,6 +297,9 @@ class TrainPlacement:
     gradient_checkpointing: bool | str = False
     """Whether activations are computed again in the backward pass: true, false, or a policy in
     `regrow.tasks.modeling.recompute`; "auto": the one that computes least again and fits."""
+    fallback: str | None = None
+    """The policy that takes the place of `gradient_checkpointing` since memory ran out; "offload"
+    then keeps nothing on a device that seems to have room. For the stage to set."""
     use_reentrant: bool = False
     kernels: str | tuple[str, ...] = "auto"
     """"auto" (all on CUDA, none elsewhere), "off", or names in `regrow.tasks.modeling.kernels`.
@@ -361,8 +364,8 @@ class TrainPlacement:
             loss_watchdog_threshold=recipe.loss_watchdog_threshold,
             loss_watchdog_patience=recipe.loss_watchdog_patience,
             save_total_limit=recipe.save_total_limit,
-            # FSDP's own takes its place: recomputing twice would be of no use.
-            gradient_checkpointing=False
+            # Not by Accelerate, which leaves random states: dropout would drop others (1.15).
+            gradient_checkpointing=True
             if recipe.fsdp_config and recipe.fsdp_config.activation_checkpointing
             else gradient_checkpointing,
             use_reentrant=recipe.gradient_checkpointing_kwargs.use_reentrant,

@@ -86,7 +86,7 @@ class Engine(Protocol):
     def capture(self) -> State: ...
     def restore(self, stored: Stored) -> list[int]: ...
     def is_sharded(self) -> bool: ...
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def whole_weights(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def clean_name(name: str) -> str:
@@ -96,9 +96,14 @@ def clean_name(name: str) -> str:
     return name
 
 
+def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name in the bare model: parameter}."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name in the bare model: parameter} of what is trained."""
-    return {clean_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    """The same of what is trained."""
+    return {name: p for name, p in all_parameters(model).items() if p.requires_grad}
 
 
 class TorchEngine:
@@ -131,9 +136,14 @@ class TorchEngine:
         """Whether this process holds only a part of what is trained."""
         return any(isinstance(p, DTensor) for p in self._model.parameters())
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each trained parameter in full, one after the other; all ranks go through it together."""
-        for name, parameter in trained_parameters(self._model).items():
+    def whole_weights(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter in full, one after the other; all ranks go through it together.
+
+        Args:
+            frozen: those that are not trained, too.
+        """
+        parameters = all_parameters if frozen else trained_parameters
+        for name, parameter in parameters(self._model).items():
             weight = parameter.detach()
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 

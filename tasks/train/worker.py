@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.launch import end_with_agent, local_rank
-from regrow.tasks.modeling.ends import align_special_ids
-from regrow.tasks.modeling.load import DTYPES, load_tokenizer
+from regrow.tasks.modeling.load import DTYPES
 from regrow.tasks.modeling.recompute import recompute_layers
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError
@@ -39,9 +37,9 @@ from regrow.tasks.train.checkpoint import (
     agree_on_newest,
 )
 from regrow.tasks.train.choosing import BEST_FILE, KeepBest, LossWatchdog, has_stopped
+from regrow.tasks.train.consolidation import save_trained
 from regrow.tasks.train.costs import row_costs, row_lengths
 from regrow.tasks.train.devices import device_name, limit_memory
-from regrow.tasks.train.export import save_adapter, save_model, save_rounds
 from regrow.tasks.train.files import SavedState
 from regrow.tasks.train.fitting import Fit, fit
 from regrow.tasks.train.gathering import gather_rounded
@@ -56,7 +54,6 @@ from regrow.tasks.train.readers import Reader, validates
 from regrow.tasks.train.relora import ROUNDS_FILE, Pruning, ReLoRA
 from regrow.tasks.train.saving import BackgroundSaver, Ranks, Resume, SaveCheckpoints
 from regrow.tasks.train.schedule import total_steps, warmup_steps
-from regrow.tasks.train.state import Engine, trained_parameters
 from regrow.tasks.train.trainers.sft import SftTrainer
 from regrow.tasks.train.undivided import keep_undivided
 from regrow.tasks.train.watchdog import Watchdog, stacks_name
@@ -392,41 +389,13 @@ def _finish(
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = _result(trainer, course, meter, model)
     result["timing"] |= {"kernels": trained.kernels.record(), **fitted.record()}
-    is_first = trainer.args.process_index == 0
-    if trainer.engine.is_sharded():
-        with whole_model_loading(trainer.args):
-            model = _whole_model(job, trainer.engine, is_first)
-    if is_first:
-        if best and job.spec.keep_best:
-            best.restore(model)
+    save_trained(job, trainer, trained, best if job.spec.keep_best else None)
+    if trainer.args.process_index == 0:
         result |= _curves(read_metrics(job.metrics_path))
-        job.out.mkdir(parents=True, exist_ok=True)
-        _save(model, job, trained)
         job.result_path.write_text(json.dumps(result, indent=1, sort_keys=True))
     if trainer.args.world_size > 1:
         torch.distributed.barrier()
     return result
-
-
-def _whole_model(job: WorkerJob, engine: Engine, is_first: bool) -> Any:
-    """On rank 0 the trained model, built anew in the host's memory, one tensor after the other."""
-    model = build_model(job, whole=True).model if is_first else None
-    parameters = trained_parameters(model) if model is not None else {}
-    for name, weight in engine.whole_weights():
-        if is_first:
-            parameters[name].data.copy_(weight)
-    return model
-
-
-def _save(model: Any, job: WorkerJob, trained: TrainedModel) -> None:
-    if trained.rounds:
-        trained.rounds.finish()
-        save_rounds(trained.rounds, job.out)
-    elif isinstance(model, PeftModel):
-        save_adapter(model, job.out, trained.first_values)
-    else:
-        align_special_ids(model, load_tokenizer(job.prepared / "tokenizer"))
-        save_model(model, job.out, DTYPES[job.spec.dtype], trained.use_cache)
 
 
 def _result(trainer: Trainer, course: Course, meter: Meter, model: Any) -> dict[str, Any]:

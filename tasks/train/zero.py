@@ -32,6 +32,7 @@ from regrow.tasks.train.state import (
     WEIGHT,
     State,
     Stored,
+    all_parameters,
     check_parts,
     trained_parameters,
 )
@@ -58,6 +59,7 @@ class ZeroEngine:
         self._zero = engine.optimizer
         self._inner: torch.optim.Optimizer = self._zero.optimizer
         self._stage: int = engine.zero_optimization_stage()
+        self._model = model
         self._parameters = trained_parameters(model)
         self._rank = torch.distributed.get_rank()
         self._world_size = torch.distributed.get_world_size()
@@ -66,12 +68,21 @@ class ZeroEngine:
         """Whether the module's own weights are not what was trained: divided, or in bfloat16."""
         return True
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each trained parameter in full and float32; all ranks go through it together."""
-        for name, parameter in self._parameters.items():
-            weight = safe_get_full_fp32_param(parameter)
-            assert weight is not None, name
-            yield name, weight
+    def whole_weights(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter in full and float32; all ranks go through it together.
+
+        Args:
+            frozen: those that are not trained, too, in the type that they are held in.
+        """
+        for name, parameter in all_parameters(self._model).items():
+            if parameter.requires_grad:
+                weight = safe_get_full_fp32_param(parameter)
+                assert weight is not None, name
+                yield name, weight
+            elif frozen:
+                with zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                    weight = parameter.detach().clone()  # DeepSpeed takes its own away again
+                yield name, weight
 
     def capture(self) -> State:
         """Copies in the host's memory; each parameter's on one rank."""
@@ -176,7 +187,9 @@ class ZeroEngine:
         rates = [
             (group["lr"], group.get("weight_decay", 0.0)) for group in self._inner.param_groups
         ]
-        for flat in self._flat_parameters():
+        parameters = self._flat_parameters()
+        kept = [flat.grad for flat in parameters]  # of an optimizer on the host, its buffers
+        for flat in parameters:
             flat.grad = torch.zeros_like(flat)
         for group in self._inner.param_groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
@@ -188,8 +201,8 @@ class ZeroEngine:
             self._step_each()
         for group, (rate, decay) in zip(self._inner.param_groups, rates, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
-        for flat in self._flat_parameters():
-            flat.grad = None
+        for flat, gradient in zip(parameters, kept, strict=True):
+            flat.grad = gradient
 
     def _link(self) -> None:
         """Tell each parameter where its states are. DeepSpeed does so after the first step, but for

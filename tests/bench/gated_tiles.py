@@ -1,6 +1,6 @@
 """Times tiles and program counts of the gated activation with adapters, and of its neighbours.
 
-On a machine with a GPU, from the repository's root (20 s for each kind):
+On a machine with a GPU, from the repository's root (up to 25 s for each kind):
 
     PYTHONPATH=$PWD/infra/typing python -m tests.bench.gated_tiles [forward] [backward] [sum] [rank]
 
@@ -64,9 +64,10 @@ def cases(kind: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """(settings, what to time under them)."""
     if kind == "sum":
         x, h, b = made(TOKENS, HIDDEN), made(TOKENS, RANK), made(HIDDEN, RANK)
+        z = made(TOKENS, HIDDEN)
         for tile in SUM:
             low_rank_sum._ROWS, low_rank_sum._COLUMNS, low_rank_sum._WARPS = tile
-            yield tile, lambda: low_rank_sum.low_rank_sum(x, h, b, 2.0, None)
+            yield tile, lambda: low_rank_sum.low_rank_sum(x, h, b, 2.0, z)
         out = torch.empty_like(x)
         yield "h B^T alone", lambda: out.addmm_(h, b.t(), beta=0, alpha=2.0)
         yield "sum alone", lambda: x + out

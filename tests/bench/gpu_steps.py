@@ -42,14 +42,17 @@ Every command begins with P:
     S="python3 -m tests.bench.gpu_steps --models /dev/shm/models --out $OUT/steps.jsonl"
 
     1  330 s  P; timeout 200 python3 -m pytest -q -x tests/kernels -m gpu -p no:cacheprovider &&
-              timeout 120 python3 -m regrow.kernels.bench.run --out $OUT/ops.jsonl; (pytest 130 s)
-              timeout 200 $S W1:layers=4:profile=1 W3:layers=2 W4:layers=1 W2:layers=1 (25 s each)
-    2  520 s  P; $S W1 peer:W1:unsloth-nogc W1:profile=1 W1:gc=1 peer:W1:unsloth W1:gc=selective
-              (the first makes the model: 40 s; ours 50 s, a peer 75 s; `--limit 120`)
-    3  560 s  P; $S W3 peer:W3:trl-fa2-liger-nogc W3:profile=1 W3:log=1 W2 peer:W2:unsloth-nogc
-              W2:gc=1 peer:W2:unsloth W4 peer:W4:moe-grouped-elora (45 to 75 s each)
-    4  400 s  P; $S curve:W3:layers=4 W4:profile=1 && timeout 240 $S --limit 230 LONG:seq=250000
-              LONG (curve 150 s; the host's pinned memory is what LONG wants most: 98 GiB)
+              timeout 200 $S W1:layers=4:profile=1 W3:layers=2 W4:layers=1 W2:layers=1
+              W1:layers=2:micro=2:gc=auto:room=17 (pytest 130 s, the others 25 s each)
+    2  560 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc
+              W1:micro=2:gc=auto:room=17 W2:micro=2:gc=auto:room=7.6 W1:warmup=8:fp8=1
+              (the first makes the model: 40 s; ours 50 s, a peer 80 s; `--limit 120`)
+    3  560 s  P; $S W3 peer:W3:trl-fa2-liger-nogc W4 peer:W4:moe-grouped-elora peer:W1:unsloth
+              peer:W2:unsloth W3:profile=1 (45 to 90 s each)
+    4  400 s  P; $S curve:W1:layers=4 curve:W1:layers=4:fp8=1 && timeout 240 $S --limit 230
+              LONG:seq=40000:rows=10:micro=1:gc=offload:log=1:warmup=0:timed=1 LONG
+              (curves 150 s; the host's pinned memory is what LONG wants most: 98 GiB; move the
+              models of /dev/shm to /tmp first)
 
 What is red in call 1 is mended before call 2: give the machine back meanwhile. What each part of a
 step should take stands in `kernels/bench/expected-h100.md`; hold the profiles against it.

@@ -62,9 +62,13 @@ def at_peak(trace: Sequence[dict[str, Any]]) -> list[str]:
 def _peak(trace: Sequence[dict[str, Any]]) -> int:
     """The index of the event after which the most is held."""
     held, most, found = 0, 0, 0
+    known: dict[int, int] = {}  # the trace may begin after a block was made
     for index, event in enumerate(trace):
-        sign = {"alloc": 1, "free_completed": -1}.get(event["action"], 0)
-        held += sign * event["size"]
+        if event["action"] == "alloc":
+            known[event["addr"]] = event["size"]
+            held += event["size"]
+        elif event["action"] == "free_completed":
+            held -= known.pop(event["addr"], 0)
         if held > most:
             most, found = held, index
     return found

@@ -1,6 +1,6 @@
 """Every optimizer, schedule, adapter and first values of the vocabulary: trained, resumed, merged.
 
-    python tests/bench/train_matrix.py [--only NAME ...] [--device cuda] > matrix.md
+    python -m tests.bench.train_matrix [--only NAME ...] [--device cuda] > matrix.md
 
 Each case takes ten steps on a tiny model; then five, a stop, and five more from the checkpoint; the
 two results must be equal to the byte (on a GPU: up to rounding). Adapters are merged. Prints a
@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import shutil
 import sys
@@ -28,17 +27,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-import pyarrow as pa
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
 from regrow.configs.optimizers import (
     PACKAGES,
@@ -64,8 +55,9 @@ from regrow.tasks.train.spec import (
     TrainSpec,
 )
 from regrow.tasks.train.worker import train
+from tests.bench.matrix_bases import BASES, write_prepared
 
-VOCABULARY, STEPS, HALF = 97, 10, 5
+STEPS, HALF = 10, 5
 NF4 = Quantization(
     4,
     {
@@ -89,8 +81,8 @@ class Case:
     """Module to import."""
     cuda: bool = False
     """Runs on CUDA only."""
-    mixture: bool = False
-    """On a model with experts."""
+    base: str = "llama"
+    """A name in `BASES`."""
 
 
 def cases() -> Iterator[Case]:
@@ -132,6 +124,8 @@ def _adapters() -> Iterator[Case]:
     plus = {"loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-6, "learning_rate": 1e-3}
     yield Case("adapter", "lora+", plus)
     yield Case("adapter", "lora_model_dir", {"adapter": AdapterSpec(0, 0, start="0" * 64)})
+    for stored in ("fp8", "gptq"):
+        yield Case("adapter", f"lora on a base stored in {stored}", dropout, base=stored)
 
 
 def _first_values() -> Iterator[Case]:
@@ -156,15 +150,15 @@ def _experts() -> Iterator[Case]:
     stacks = ("experts.down_proj", "experts.gate_up_proj")
     inside = AdapterSpec(4, 8, target_modules=("q_proj", "v_proj"), target_parameters=stacks)
     spec: dict[str, Any] = {"adapter": inside}
-    yield Case("experts", "full", WHOLE, mixture=True)
-    yield Case("experts", "lora_target_parameters", spec, mixture=True)
+    yield Case("experts", "full", WHOLE, base="mixture")
+    yield Case("experts", "lora_target_parameters", spec, base="mixture")
     for name, bits, settings in (("nf4", 4, NF4.settings), ("int8", 8, {})):
         quantized = spec | {"quantization": Quantization(bits, settings, experts=True)}
         name = f"quantize_moe_experts, {name}"
-        yield Case("experts", name, quantized, "bitsandbytes", mixture=True)
+        yield Case("experts", name, quantized, "bitsandbytes", base="mixture")
     balanced = {"router_aux_loss": True, "router_aux_loss_coef": 0.5}
-    yield Case("experts", "output_router_logits", WHOLE | balanced, mixture=True)
-    yield Case("experts", "output_router_logits, lora", spec | balanced, mixture=True)
+    yield Case("experts", "output_router_logits", WHOLE | balanced, base="mixture")
+    yield Case("experts", "output_router_logits, lora", spec | balanced, base="mixture")
 
 
 def _patterns() -> dict[str, Any]:
@@ -185,7 +179,7 @@ def _optimizers() -> Iterator[Case]:
         if any(bits in name for bits in ("8bit", "4bit", "fp8")):
             spec |= WHOLE  # states of small matrices, such as an adapter's here, stay in 32 bits
         needs = PACKAGES[name][1] if name in PACKAGES else None
-        cuda = name.startswith("paged_ademamix") or name == "galore_adamw_8bit"
+        cuda = name.startswith("paged_ademamix")
         yield Case("optimizer", name, spec, needs, cuda)
     yield Case("optimizer", "muon, full", WHOLE | {"optimizer": "muon"})
     group = LearningRateGroup(("q_proj",), 1e-3)
@@ -232,76 +226,7 @@ def _others() -> Iterator[Case]:
     yield Case("stopping", "early stopping, best model", best | {"learning_rate": 3e-2})
 
 
-# ---- what they run on ----
-
-
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def write_model(out: Path) -> Path:
-    """A random Llama, 2 layers of 64."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=True)).save_pretrained(out)
-    return out
-
-
-def write_mixture(out: Path) -> Path:
-    """A random Mixtral, 2 layers of 64, two of its 4 experts for each token."""
-    torch.manual_seed(0)
-    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    config = MixtralConfig(**_SHAPE, **experts, sliding_window=None)
-    MixtralForCausalLM(config).save_pretrained(out)
-    return out
-
-
-def write_prepared(out: Path) -> Path:
-    """24 rows to train on, 4 to validate, with a tokenizer of 97 words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    random = np.random.default_rng(7)
-    lists = {"input_ids": pa.int32(), "loss_mask": pa.uint8(), "seq_lens": pa.int32()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in lists.items()])
-    splits = {}
-    for split, count in (("train", 24), ("validation", 4)):
-        rows = []
-        for _ in range(count):
-            lengths = random.integers(4, 21, 3)
-            mask = (random.random(lengths.sum()) < 0.6).astype(int)
-            mask[np.concatenate([[0], lengths.cumsum()[:-1]])] = 0
-            ids = random.integers(3, VOCABULARY, lengths.sum())
-            rows.append({"input_ids": ids, "loss_mask": mask, "seq_lens": lengths})
-        (out / split).mkdir(parents=True)
-        name = f"{split}/shard-00000.arrow"
-        with pa.ipc.new_file(str(out / name), schema) as writer:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-        splits[split] = {
-            "shards": [{"file": name, "rows": count}],
-            "rows": count,
-            "examples": 3 * count,
-            "tokens": int(sum(len(row["input_ids"]) for row in rows)),
-            "supervised_tokens": int(sum(row["loss_mask"].sum() for row in rows)),
-        }
-    (out / "index.json").write_text(json.dumps({"splits": splits}))
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
-        unk_token="w0",
-        pad_token="w1",
-        eos_token="w2",
-    )
-    tokenizer.save_pretrained(out / "tokenizer")
-    return out
+# ---- how they run ----
 
 
 class Stopped(BaseException):
@@ -345,7 +270,7 @@ class Bench:
 
     def __init__(self, root: Path, device: str = "cpu") -> None:
         self._root, self._device = root, device
-        self._models = {False: write_model(root / "model"), True: write_mixture(root / "mixture")}
+        self._models = {name: write(root / name) for name, write in BASES.items()}
         self._prepared = write_prepared(root / "prepared")
 
     def run(self, case: Case) -> Outcome:
@@ -388,7 +313,7 @@ class Bench:
     def _job(self, case: Case, here: Path, store: str | None) -> WorkerJob:
         spec = TrainSpec(**self._base(case) | case.spec)
         start = self._start if spec.adapter and spec.adapter.start else None
-        model = self._models[case.mixture]
+        model = self._models[case.base]
         return WorkerJob(
             spec=spec,
             placement=TrainPlacement(

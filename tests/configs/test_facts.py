@@ -28,10 +28,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "tokenizer_config.json is no JSON map",
     ),
     "stored_weights_can_be_merged_into": (
-        {"quantization_config": {"quant_method": "gptq"}},
+        {"quantization_config": {"quant_method": "awq"}},
         "",
         "base_model",
-        "stored quantized (gptq)",
+        "stored quantized (awq)",
     ),
     "plain_weights_need_no_dequantizing": (
         {},

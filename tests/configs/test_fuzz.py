@@ -59,7 +59,7 @@ evals_per_epoch: 4
 val_set_size: 0.05
 fsdp: [full_shard, auto_wrap]
 fsdp_config: {fsdp_offload_params: true, fsdp_sharding_strategy: FULL_SHARD}
-tensor_parallel_size: 2
+context_parallel_size: 2
 gradient_checkpointing: offload
 """
 STREAM = """

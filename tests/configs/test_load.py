@@ -53,7 +53,7 @@ datasets:
 micro_batch_size: two
 gradient_accumulation_steps: 4
 adapter: lora
-gptq: true
+qat: true
 warmup_steps: 10
 warmup_ratio: 0.1
 """
@@ -63,7 +63,7 @@ warmup_ratio: 0.1
         (5, "datasets[0].type"),
         (6, "datasets[0].splitt"),
         (7, "micro_batch_size"),
-        (10, "gptq"),
+        (10, "qat"),
         (11, "warmup_steps"),
         (None, "learning_rate"),
         (None, "lora_r"),
@@ -277,7 +277,7 @@ def test_secrets_are_not_shown(faults_of, minimal):
 
 def test_errors_survive_a_process_border(minimal, load):
     with pytest.raises(RecipeError) as error:
-        load(minimal + "gptq: true\n")
+        load(minimal + "qat: true\n")
     copy = pickle.loads(pickle.dumps(error.value))
     assert copy.faults == error.value.faults
     assert str(copy) == str(error.value)

@@ -543,6 +543,30 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("tensor_parallel_size: 2\nnum_processes: 4", "tensor_parallel_size", "a machine has 4"),
     ],
+    "divided_layers_are_sharded_in_groups": [
+        (f"tensor_parallel_size: 2\nnum_processes: 4\n{more}", key, why)
+        for more, key, why in (
+            (
+                "dp_shard_size: 3\nfsdp_config: {}",
+                "tensor_parallel_size",
+                "dp_shard_size is 6, and a machine has 4 processes",
+            ),
+            (
+                LINEAR.replace("lora", "qlora", 1) + "load_in_4bit: true\nfsdp_config: {}",
+                "tensor_parallel_size",
+                "layers of a quantized base",
+            ),
+            ("dp_replicate_size: 2\nfsdp_config: {}", "dp_replicate_size", "no copies of a model"),
+            *(
+                (f"fsdp_config: {{{name}: {value}}}", f"fsdp_config.{name}", "without this")
+                for name, value in (
+                    ("offload_params", "true"),
+                    ("activation_checkpointing", "true"),
+                    ("auto_wrap_policy", "SIZE_BASED_WRAP, min_num_params: 9"),
+                )
+            ),
+        )
+    ],
     "divided_layers_are_trained_plainly": [
         (f"{more}\nnum_processes: 2\ntensor_parallel_size: 2", key, why)
         for more, key, why in (
@@ -729,11 +753,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
             "does not divide the 24 processes",
         ),
     ],
-    "sizes_have_a_number": [
+    "lists_of_layers_are_not_gathered": [
         (
-            "fsdp_config: {auto_wrap_policy: SIZE_BASED_WRAP}",
+            "fsdp_config: {auto_wrap_policy: SIZE_BASED_WRAP, min_num_params: 9}",
             "fsdp_config.auto_wrap_policy",
-            "`min_num_params` says how many",
+            "gather the list of all layers",
         ),
     ],
     "muon_sees_whole_matrices": [
@@ -830,6 +854,9 @@ def test_each_rule_says_what_it_is():
         ),
         LINEAR + "peft_init_lora_weights: gaussian\ntensor_parallel_size: 2",
         LINEAR + "peft_init_lora_weights: false\ntensor_parallel_size: 2",
+        "fsdp_config: {}\ntensor_parallel_size: 2\ndp_shard_size: 2\nnum_processes: 4",
+        "fsdp_config: {}\ntensor_parallel_size: 2\ndp_shard_size: 4\nnum_processes: 4",
+        LINEAR + "fsdp_config: {}\ntensor_parallel_size: 2\nnum_processes: 8",
         "context_parallel_size: 4\nnum_processes: 8",
         "fsdp_config: {}\ncontext_parallel_size: 2\ndp_shard_size: 2\nnum_processes: 4",
         LORA + "lora_target_modules: [q_proj, v_proj]\nlora_target_linear: true",

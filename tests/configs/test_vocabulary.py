@@ -126,6 +126,7 @@ def test_what_happens_anyway_is_accepted_without_a_word_and_nothing_else(key):
         ("use_kernels: false", None),
         ("torch_compile: false", None),
         ("gptq: false", None),
+        ("gptq: true", "ignored gptq because a base stored as GPTQ is known by its config.json"),
         ("torch_dtype: bfloat16", None),
         ("torch_dtype: auto", None),
         ("torch_dtype: float32", "ignored torch_dtype because `bf16` decides the type"),
@@ -221,7 +222,8 @@ def test_refused_words_have_a_reason_and_a_remedy():
         ("save_strategy: no", "save_strategy", "no"),
         ("sequence_parallel_degree: 2", "context_parallel_size", 2),
         ("tensor_parallel_size: 2", "tensor_parallel_size", 2),
-        ("tensor_parallel_size: 2\nexpert_parallel_size: 2", "tensor_parallel_size", 1),
+        ("tensor_parallel_size: 2\nexpert_parallel_size: 2", "tensor_parallel_size", 2),
+        ("tensor_parallel_size: 2\nfsdp_config: {}", "tensor_parallel_size", 2),
         ("context_parapllel_size: 2", "context_parallel_size", 2),
     ],
 )
@@ -254,10 +256,6 @@ def test_old_names_and_shapes_are_read(load, minimal, written, field, value):
         ("logging_steps: 0.2", "set logging_steps: 1 because a share of all steps"),
         ("eval_max_new_tokens: 0", "set eval_table_size: 0 because `eval_max_new_tokens: 0` asks"),
         ("push_dataset_to_hub: me", "ignored push_dataset_to_hub because prepared data is kept"),
-        (
-            "tensor_parallel_size: 2\nfsdp_config: {}",
-            "read tensor_parallel_size as fsdp_config because FSDP2",
-        ),
         (
             "expert_parallel_size: 2\ndp_shard_size: 2\nfsdp_config: {}",
             "set dp_shard_size: 4 because `expert_parallel_size` divides weights 2 times more",
@@ -366,7 +364,11 @@ def test_what_is_done_to_a_recipe_is_said(notices_of, minimal, written, said):
         ("plugins: [my.Plugin]", "plugins[0]", "this plugin's function is not here"),
         ("optimizer: lomo", "optimizer", "keeps no state"),
         ("optimizer: flash_adamw", "optimizer", "a package that Regrow does not use"),
-        ("gptq: true", "gptq", "cannot merge an adapter into a base stored as GPTQ"),
+        (
+            "dsv4_fp8_nonexpert_mode: keep",
+            "dsv4_fp8_nonexpert_mode",
+            "a base stored in FP8 is dequantized when it is loaded",
+        ),
         ("bf16: true\nfloat32: true", "float32", "`bf16` says otherwise"),
         ("float32: true\nfp16: true", "fp16", "`float32` says otherwise"),
         ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "of elsewhere"),

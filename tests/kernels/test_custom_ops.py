@@ -66,8 +66,7 @@ def test_both_gradients_of_a_rank():
 def test_low_rank_sum():
     x, z = halves(torch.float16)
     h, b = torch.randn(5, 3).half(), torch.randn(8, 3).half()
-    for more in (None, z):
-        checked("low_rank_sum", x, h, b, 2.0, more)
+    checked("low_rank_sum", x, h, b, 2.0, z)
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from regrow.kernels import gated_lora, lora_linear, swiglu
+from regrow.kernels import gated_lora, lora_linear, nf4, swiglu
 from regrow.kernels.backend import INTERPRETING
 from regrow.kernels.lora_mlp import lora_mlp, reference
 from regrow.kernels.projection import Projection, constants_of, group_of, tensors_of
 from tests.kernels.conftest import CUDA
+from tests.kernels.test_nf4 import random_weight
 
 # (tokens, width, ranks of gate, up and down): less than a tile; several strips and runs whose ends
 # are not full; ranks that are padded, and one beyond a tile of the cores.
@@ -121,19 +122,33 @@ def test_what_it_does_not_know_goes_the_other_way(random, monkeypatch, why):
     assert group[2].a.grad is not None
 
 
+def neighbours_and_not(random, shapes, ranks, bits, dtype):
+    """Twice the same weights with their room (or None), together and apart."""
+    if bits == 16:
+        (width, hidden), _, down = shapes
+        joint = 0.3 * random(2 * width + ranks, hidden, requires_grad=False)
+        *weights, room = joint.split([width, width, ranks])
+        weights += [0.3 * random(*down, requires_grad=False)]
+        return (weights, room), (weights, None)
+    made = []
+    for shape in shapes:
+        packed, code, scales = random_weight(shape, False, random(1).device)
+        made.append(nf4.Nf4Weight(packed, 0.3 * code, scales, shape, dtype))
+    return (made, None), ([weight.__call__ for weight in made], None)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("in_slices", [False, True], ids=["whole", "slices"])
 def test_room_behind_weights_and_gradients_takes_the_adapters_in(
-    agree, random, dtype, monkeypatch, in_slices
+    agree, random, dtype, monkeypatch, in_slices, bits
 ):
     """One product each way for gate, up and their A gives the same results."""
     rank, hidden, width, tokens = 4, 16, 24, 200
-    joint = 0.3 * random(2 * width + 2 * rank, hidden, requires_grad=False)
-    weights = [*joint.split([width, width, 2 * rank])]
-    room = weights.pop()
-    weights += [0.3 * random(hidden, width, requires_grad=False)]
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    together, apart = neighbours_and_not(random, shapes, 2 * rank, bits, dtype)
     adapters = [
         0.3 * random(*shape, kind=torch.float32).detach()
-        for outputs, inputs in ((width, hidden), (width, hidden), (hidden, width))
+        for outputs, inputs in shapes
         for shape in ((rank, inputs), (outputs, rank))
     ]
     x, found, calls = random(tokens, hidden), [], []
@@ -142,10 +157,10 @@ def test_room_behind_weights_and_gradients_takes_the_adapters_in(
         lora_linear, "below_with_adapters", lambda *all: calls.append(below(*all)) or calls[-1]
     )
     slices = {"slice_bytes": 1 << 13} if in_slices else {}
-    for behind in (room, None):
+    for is_apart, (weights, room) in enumerate((together, apart)):
         leaves = [x, *(t.clone().requires_grad_() for t in adapters)]
         group = [
-            Projection(w, *leaves[1 + 2 * i : 3 + 2 * i], 2.0, room=behind if i == 1 else None)
+            Projection(w, *leaves[1 + 2 * i : 3 + 2 * i], 2.0, room=room if i == 1 else None)
             for i, w in enumerate(weights)
         ]
         y = lora_mlp(x, *group, **slices)
@@ -154,7 +169,7 @@ def test_room_behind_weights_and_gradients_takes_the_adapters_in(
         # Forward and backward (where slices make gate and up again), each slice of 128 rows.
         times = {False: 2, True: 6}[in_slices]
         assert len(calls) == times
-        assert all((joint is None) == (behind is None) for joint in calls)
+        assert all((joint is None) == is_apart for joint in calls)
         calls.clear()
     for one, other in zip(*found, strict=True):
         agree(one, other.double(), dtype)

@@ -104,6 +104,10 @@ def test_what_does_not_fit_is_an_error():
     down = Projection(torch.zeros(4, 8))
     with pytest.raises(ValueError, match="gate has 8 outputs and up has 9"):
         lora_mlp(torch.zeros(2, 4), gate, up, down)
+    narrow = torch.zeros(2, 1)  # which would be added to every column
+    for slice_bytes in (1, 1 << 20):
+        with pytest.raises(ValueError, match="residual"):
+            lora_mlp(torch.zeros(2, 4), gate, gate, down, residual=narrow, slice_bytes=slice_bytes)
     with pytest.raises(ValueError, match="relu"):
         lora_mlp(torch.zeros(2, 4), gate, gate, down, activation="relu")
 

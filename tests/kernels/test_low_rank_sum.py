@@ -24,21 +24,83 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["two", "three"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_formula(agree, device, dtype, shape, more):
+def test_equals_the_formula(agree, device, dtype, shape):
     tokens, columns, rank = shape
 
     def wide(rows, count):
         return torch.randn(rows, count + 3).to(device, dtype)[:, 1 : count + 1]
 
-    x, h = wide(tokens, columns), wide(tokens, rank)
+    x, h, z = wide(tokens, columns), wide(tokens, rank), wide(tokens, columns)
     b = torch.randn(columns, rank).to(device, dtype)
-    z = wide(tokens, columns) if more else None
     found = op.low_rank_sum(x, h, b, 0.5, z)
-    due = x.double() + 0.5 * h.double() @ b.double().t() + (0 if z is None else z.double())
+    due = x.double() + 0.5 * h.double() @ b.double().t() + z.double()
     assert found.is_contiguous()
     agree(found, due, dtype)
+
+
+TOKENS, INPUTS, OUTPUTS, RANK = 160, 64, 1024, 4
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind != torch.float32], ids=str)
+def half(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[1e-3, 1e-2], ids=str)
+def update(request, half, device):
+    """(A and B, whose update of inputs of rms 1 is this large in steps of bfloat16; its rms)."""
+    rms = request.param * torch.finfo(half).eps / torch.finfo(torch.bfloat16).eps
+    a, b = torch.randn(RANK, INPUTS), torch.randn(OUTPUTS, RANK)
+    return [a.to(device) / INPUTS**0.5, b.to(device) * rms / RANK**0.5], rms
+
+
+def share_that_arrives(y, with_it, without, rms) -> float:
+    """By regression on the update; what else y differs by is chance."""
+    low = with_it - without
+    assert low.std().item() == pytest.approx(rms, rel=0.3)
+    return (((y.double() - without) * low).sum() / low.square().sum()).item()
+
+
+def numbers(*shape, rms, like) -> torch.Tensor:
+    return (rms * torch.randn(shape)).to(like[0][0].device, like[1])
+
+
+@pytest.mark.parametrize("added", ["residual", "bias", "both"])
+def test_a_small_update_is_not_lost_beside_large_numbers(device, half, update, added):
+    """A stream or bias of rms 4 has steps of up to 30 times the smaller update."""
+    ab, rms = update
+    like = ab, half
+    x = numbers(TOKENS, INPUTS, rms=1, like=like)
+    weight = numbers(OUTPUTS, INPUTS, rms=0.3 * INPUTS**-0.5, like=like)
+    bias = None if added == "residual" else numbers(OUTPUTS, rms=4, like=like)
+    residual = None if added == "bias" else numbers(TOKENS, OUTPUTS, rms=4, like=like)
+    (y,) = lora_linear(x, Projection(weight, *ab, 1.0, bias), residual=residual)
+    wide = [None if t is None else t.double() for t in (weight, bias)]
+    exact = [
+        reference(x.double(), Projection(wide[0], *adapter, 1.0, wide[1]))
+        + (0 if residual is None else residual.double())
+        for adapter in (ab, (None, None))
+    ]
+    assert share_that_arrives(y, *exact, rms) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("slices", [{}, {"slice_bytes": 1}], ids=["whole", "slices"])
+def test_a_small_update_of_an_mlp_is_not_lost_in_the_stream(half, update, slices):
+    ab, rms = update
+    like = ab, half
+    x = numbers(TOKENS, 32, rms=1, like=like)
+    residual = numbers(TOKENS, OUTPUTS, rms=4, like=like)
+    gate, up = (numbers(INPUTS, 32, rms=size * 32**-0.5, like=like) for size in (1, 1.7))
+    down = numbers(OUTPUTS, INPUTS, rms=0.3 * INPUTS**-0.5, like=like)
+    inner = Projection(gate), Projection(up)
+    y = lora_mlp(x, *inner, Projection(down, *ab), residual=residual, **slices)
+    wide = [Projection(t.double()) for t in (gate, up)]
+    exact = [
+        residual.double() + mlp_reference(x.double(), *wide, Projection(down.double(), *adapter))
+        for adapter in (ab, ())
+    ]
+    assert share_that_arrives(y, *exact, rms) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from regrow.kernels import gated_lora, nf4
 from regrow.kernels import lora_linear as lora_linear_module
-from regrow.kernels import nf4
 from regrow.kernels.lora_linear import lora_linear
+from regrow.kernels.lora_mlp import lora_mlp
 from regrow.kernels.projection import Projection
 
 # A last block that is not full; more than one block of scales; a count that is no multiple of 8,
@@ -56,20 +57,73 @@ def test_several_weights_are_made_in_one_matrix(device, dtype, nested, inputs):
     assert torch.equal(joint, torch.cat([weight() for weight in weights]))
 
 
-def test_neighbours_in_4_bits_give_what_each_gives_alone(agree, random, device, dtype):
-    shapes = [(40, 64), (24, 64)]
+@pytest.fixture
+def through_base(monkeypatch):
+    """Grows with each product of dy and a frozen weight that is made by itself."""
+    calls, through = [], lora_linear_module._through_base
+    monkeypatch.setattr(
+        lora_linear_module, "_through_base", lambda *given: calls.append(1) or through(*given)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_neighbours_in_4_bits_give_what_each_gives_alone(
+    agree, random, through_base, device, dtype, rank
+):
+    """With adapters, dh lies behind dy, and A below the weights."""
+    shapes, ranks = [(40, 64), (24, 64)], 2 * rank
     weights = [nf4.Nf4Weight(*random_weight(s, True, device), s, dtype) for s in shapes]
-    joint = random(9, 64, requires_grad=False)
+    *dys, dh = random(9, 64 + ranks, requires_grad=False).split([40, 24, ranks], 1)
     x = random(9, 64, requires_grad=False)
-    found = []
+    a, drop = random(ranks, 64, requires_grad=False), (0.0, 0)
+    ab = [(a[i * rank : (i + 1) * rank], random(o, rank)) for i, (o, _) in enumerate(shapes)]
+    found, products = [], []
     for group in (weights, [w.__call__ for w in weights]):
-        projections = [Projection(w) for w in group]
-        dys = joint.split([40, 24], 1)
+        group = [Projection(w, *(pair if rank else ())) for w, pair in zip(group, ab, strict=True)]
         with torch.no_grad():
-            dx = lora_linear_module.input_gradient(dys, None, None, projections, (0.0, 0))
-            found.append([dx, *lora_linear_module.project_bases(x, projections)])
-    for ours, right in zip(*found, strict=True):
-        agree(ours, right.double(), dtype)
+            if rank:
+                dx = lora_linear_module.input_gradient(dys, dh, a, group, drop)
+                ys = lora_linear_module.project_apart(x, group, a, drop)
+            else:
+                dx = lora_linear_module.input_gradient(dys, None, None, group, drop)
+                ys = lora_linear_module.project_bases(x, group)
+        found.append([dx, *ys])
+        products.append(len(through_base))
+        through_base.clear()
+    assert products == [0 if rank else 1, 2]
+    for one, other in zip(*found, strict=True):
+        agree(one, other.double(), dtype)
+
+
+@pytest.mark.parametrize("tokens", [100, 200], ids=["whole", "slices"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_mlp_in_4_bits_has_one_product_of_gate_and_up(
+    agree, random, through_base, device, dtype, rank, tokens
+):
+    """And one of down, in each slice of 128 tokens; where the kernel takes dh A in, that alone."""
+    hidden, width = 64, 128
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    weights = []
+    for shape in shapes:
+        packed, code, scales = random_weight(shape, False, device)
+        weights.append(nf4.Nf4Weight(packed, 0.2 * code, scales, shape, dtype))
+    ab = [
+        [0.2 * random(*size, kind=torch.float32) for size in ((rank, i), (o, rank))] if rank else []
+        for o, i in shapes
+    ]
+    x, found, products = random(tokens, hidden), [], []
+    upstream = random(tokens, hidden, requires_grad=False)
+    for group in (weights, [w.__call__ for w in weights]):
+        group = [Projection(w, *pair) for w, pair in zip(group, ab, strict=True)]
+        y = lora_mlp(x, *group, slice_bytes=1 << 16 if tokens > 128 else 1 << 30)
+        found.append([y, *torch.autograd.grad(y, x, upstream)])
+        products.append(len(through_base))
+        through_base.clear()
+    slices, joint = (2 if tokens > 128 else 1), bool(rank) and gated_lora.takes(x)
+    assert products == [slices * (1 if joint else 2), slices * 3]
+    for one, other in zip(*found, strict=True):
+        agree(one, other.double(), dtype)
 
 
 @pytest.mark.parametrize("nested", [True, False])

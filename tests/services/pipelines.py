@@ -1,4 +1,4 @@
-"""Runs a tiny pipeline (prepare, train, merge) again and again, each time in a forked process.
+"""Runs a tiny pipeline, or its first stages, again and again, each time in a forked process.
 
 The stages, the store, leases and checkpoints are the real ones. Left out is what takes longer to
 start than a tiny stage takes to run: Prefect, MLflow and torchrun (the worker's function is called
@@ -38,11 +38,18 @@ class Pipelines:
             )
         self._log = log
 
-    def run(self, recipe: Path, env: Mapping[str, str], upto: str = "merge") -> dict[str, str]:
+    def run(
+        self,
+        recipe: Path,
+        env: Mapping[str, str],
+        upto: str = "merge",
+        overrides: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
         """{stage: "built" or "cached"} of one run; raises AssertionError when it fails."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         wish = {"recipe": str(recipe), "env": dict(env), "upto": upto}
+        wish["overrides"] = dict(overrides or {})
         self._process.stdin.write(json.dumps(wish) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -86,13 +93,13 @@ def train_here(job: Any) -> dict[str, Any]:
     return json.loads(worker_job.result_path.read_text())
 
 
-def _build(recipe: Path, upto: str) -> dict[str, str]:
+def _build(recipe: Path, upto: str, overrides: Mapping[str, str]) -> dict[str, str]:
     from regrow.configs.load import load_recipe
     from regrow.flows.workplace import Workplace
     from regrow.infra.settings import load_settings
     from regrow.tasks.plan import make_plan
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides)
     place = Workplace(load_settings(), loaded.recipe.store)
     plan = make_plan(loaded.recipe, loaded.name, place.memo)
     here = replace(plan.train, runner="tests.services.pipelines:train_here")
@@ -108,7 +115,7 @@ def _build(recipe: Path, upto: str) -> dict[str, str]:
 def _child(wish: dict[str, Any], answers: int) -> None:
     try:
         os.environ.update(wish["env"])
-        told = _build(Path(wish["recipe"]), wish["upto"])
+        told = _build(Path(wish["recipe"]), wish["upto"], wish["overrides"])
     except BaseException as error:  # noqa: BLE001 (how a run ends is its parent's to judge)
         traceback.print_exc()
         told = {"error": f"{type(error).__name__}: {error}"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from tests.services.pipelines import Pipelines
 
 pytestmark = pytest.mark.services
 
-BUILT = {"prepare": "built", "train": "built", "merge": "built"}
+STAGES = ("prepare", "train", "merge", "baseline", "evaluate", "publish")
+BUILT = dict.fromkeys(STAGES, "built")
 
 
 @pytest.fixture
@@ -29,12 +32,28 @@ def pipelines(place, tmp_path) -> Iterator[Pipelines]:
     made.close()
 
 
+DELIVERY = "regrow-delivery.json"
+"""What was published, with sizes."""
+MODEL = ("prepare", "train", "merge")
+"""Stages whose artifacts are the same bytes in each run; the others' hold times."""
+
+
 def digests(artifacts: ArtifactStore) -> dict[str, dict[str, str]]:
-    """{stage: {file: sha256}} of all complete artifacts."""
+    """{stage: {file: sha256}} of the complete artifacts that lead to the model."""
     return {
         record.stage: {name: entry.sha256 for name, entry in record.files.items()}
         for record in artifacts.records("stages")
+        if record.stage in MODEL
     }
+
+
+def published(folder: Store) -> dict[str, bytes]:
+    """{file: bytes} of a publication, but of its card, which names the store and the time."""
+    sizes = folder.sizes("published")
+    listed = json.loads(folder.read_bytes(f"published/{DELIVERY}"))
+    assert listed == {name: size for name, size in sizes.items() if name != DELIVERY}
+    names = set(sizes) - {DELIVERY, "README.md"}
+    return {name: folder.read_bytes(f"published/{name}") for name in names}
 
 
 class Watcher:
@@ -75,10 +94,14 @@ class Watcher:
 def run_many(count: int, place, s3_server, pipelines, tmp_path: Path, monkeypatch) -> None:
     """`count` runs, each in a bucket of its own behind a proxy with another seed."""
     local = tmp_path / "right"
-    home = {"REGROW_HOME": str(tmp_path / "home-right")}
-    assert pipelines.run(place.recipe, home | {"REGROW_STORE": str(local)}) == BUILT
-    right = digests(ArtifactStore(Store(local), tmp_path / "unused"))
-    assert set(right) == {"prepare", "train", "merge"}
+    home = {"REGROW_HOME": str(tmp_path / "home-right"), "REGROW_STORE": str(local)}
+    target = {"output_dir": f"{local}/published"}
+    assert pipelines.run(place.recipe, home, "publish", target) == BUILT
+    right = Right(
+        digests(ArtifactStore(Store(local), tmp_path / "unused")), published(Store(local))
+    )
+    assert set(right.digests) == set(MODEL)
+    assert "model.safetensors" in right.published
     requests, faults, seconds, failed = 0, dict.fromkeys(FAULTS, 0), [], []
     for seed in range(count):
         bucket = s3_server.bucket()
@@ -89,8 +112,11 @@ def run_many(count: int, place, s3_server, pipelines, tmp_path: Path, monkeypatc
         with proxy(s3_server.endpoint, FAULTS, seed) as faulty, Watcher(clean) as watcher:
             begin = time.monotonic()
             try:
-                assert pipelines.run(place.recipe, env | {"AWS_ENDPOINT_URL": faulty.url}) == BUILT
+                env |= {"AWS_ENDPOINT_URL": faulty.url}
+                target = {"output_dir": f"{bucket.url}/published"}
+                assert pipelines.run(place.recipe, env, "publish", target) == BUILT
                 check_all_right(clean, right)
+                assert published(Store(bucket.url)) == right.published
             except AssertionError as error:  # told at the end, with all others
                 failed.append(f"run {seed}: {error}")
             seconds.append(time.monotonic() - begin)
@@ -108,9 +134,20 @@ def run_many(count: int, place, s3_server, pipelines, tmp_path: Path, monkeypatc
     assert all(faults.values())
 
 
-def check_all_right(clean: ArtifactStore, right: Mapping[str, Mapping[str, str]]) -> None:
+@dataclass(frozen=True)
+class Right:
+    """What a run without faults makes."""
+
+    digests: Mapping[str, Mapping[str, str]]
+    published: Mapping[str, bytes]
+
+
+def check_all_right(clean: ArtifactStore, right: Right) -> None:
     """What lies in the store is right, whole, and nothing else."""
-    assert digests(clean) == right
+    assert digests(clean) == right.digests
+    assert {record.stage for record in clean.records("stages")} == {
+        s for s in STAGES if s != "baseline"
+    }
     records: list[Record] = [*clean.records("stages"), *clean.records("units")]
     for record in records:
         clean.verify(record)

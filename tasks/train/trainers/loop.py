@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from regrow.tasks.modeling.rounded_weights import keep_rounded
 from regrow.tasks.stage import StageError
-from regrow.tasks.train.cpu_sharding import shard_on_cpu
+from regrow.tasks.train.cpu_sharding import mesh_kept_back, shard_on_cpu
 from regrow.tasks.train.evidence import DIVERGED, StepLosses, evidence_name, keep_evidence
 from regrow.tasks.train.gathering import gather_early
 from regrow.tasks.train.groups import for_groups
@@ -66,7 +66,8 @@ class StepLoop(_Base):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer does, FSDP2 on the CPU too."""
-        super().create_accelerator_and_postprocess()
+        with mesh_kept_back(self.args):
+            super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= shard_on_cpu(self.accelerator, self.args)
 
     # ---- data ----

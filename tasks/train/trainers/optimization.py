@@ -21,6 +21,7 @@ from regrow.tasks.train.learning_rate import make_scheduler
 from regrow.tasks.train.losses import loss_function
 from regrow.tasks.train.optimizers import (
     build_divided,
+    class_in_place,
     divides_parameters,
     drop_empty_groups,
     own_optimizer,
@@ -78,8 +79,9 @@ class Optimization(_Base):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """The Trainer's; bitsandbytes' in a form that takes what FSDP2 divides."""
+        """The Trainer's or ours; bitsandbytes' in a form that takes what FSDP2 divides."""
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        cls = class_in_place(getattr(args.optim, "value", args.optim), cls)
         divided = getattr(args, "fsdp_plugin_args", None)  # None without FSDP
         return (stepping_shards(cls) if divided else cls), kwargs
 

@@ -62,6 +62,13 @@ def test_with_little_room_inputs_wait_on_the_host_as_far_as_they_must(bits, gib)
     assert room.device - memory(found).reserved >= left(setting, room) / 5
 
 
+def test_what_torch_is_known_to_have_held_is_too_little_room():
+    """16.55 GiB (LoRA, one row of 4,096 and offload; `tests/bench/memory-h100.md`)."""
+    setting = wish(micro_batch=1, batch=2).at(1, "offload")
+    assert left(setting, Room(16.55 * GIB)) < 0
+    assert left(setting, Room(16.7 * GIB)) >= 0
+
+
 @pytest.mark.parametrize(("bits", "gib"), [(16, 17), (4, 7.6)], ids=["lora", "qlora"])
 def test_two_rows_of_4096_fit_a_budget(bits, gib):
     asked = wish(micro_batch=2, batch=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.kernels import gated_lora, linear_cross_entropy
+from regrow.kernels import gated_lora, linear_cross_entropy, lora_mlp
 from regrow.tasks.forecast import activations
 from regrow.tasks.forecast.activations import CPU, FUSED_FAMILIES, KERNELS
 from regrow.tasks.forecast.memory import (
@@ -205,8 +205,20 @@ def test_kernels_are_those_that_training_puts_in():
     assert linear_cross_entropy.LOGITS_BYTES == LOSS_BUDGET
     assert linear_cross_entropy.SCARCE_LOGITS_BYTES == SCARCE_LOSS_BUDGET
     assert gated_lora.LARGEST_RANK == activations.LARGEST_RANK
+    assert lora_mlp.SLICE_BYTES == activations.SLICE_BYTES
+    assert lora_mlp.SCARCE_SLICE_BYTES == activations.SCARCE_SLICE_BYTES
     names = {family.name for family in families.FAMILIES}
     assert {name.removesuffix("_text") for name in FUSED_FAMILIES} == names
+
+
+@pytest.mark.parametrize("policy", ["full", "offload"])
+@pytest.mark.parametrize("tokens", [1024, 2340, 2341, 8192, 74899, 74900, 400_000])
+def test_the_mlp_goes_in_slices_of_the_kernel_s_size(tokens, policy):
+    shape = model_shape(LLAMA_8B)
+    (layer, *_) = Setting(shape, all_weights(shape), tokens, checkpointing=policy).layers()
+    most = lora_mlp.SCARCE_SLICE_BYTES if policy == "offload" else lora_mlp.SLICE_BYTES
+    rows = lora_mlp._slice_rows(tokens, shape.config["intermediate_size"], 2, most) or tokens
+    assert activations.slice_share(layer) * tokens == pytest.approx(rows)
 
 
 def test_eight_bits_are_counted_of_the_layers_that_are_swapped():

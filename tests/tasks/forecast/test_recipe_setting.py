@@ -5,6 +5,7 @@ import json
 import pytest
 
 from regrow.configs.load import parse_recipe
+from regrow.tasks.forecast.data import Amount
 from regrow.tasks.forecast.devices import device_named
 from regrow.tasks.forecast.forecast import forecast, placement_of
 from regrow.tasks.forecast.job_setting import Facts, division_of, stored_adapter, wish_of_job
@@ -109,6 +110,14 @@ def test_tensor_parallelism_divides_the_model_and_no_rows():
     assert (found.readers, found.share("weights"), found.share("optimizer")) == (1, 0.25, 0.25)
 
 
+def test_groups_of_tensor_parallelism_read_each_its_rows():
+    fsdp = {"reshard_after_forward": True, "cpu_offload": False}
+    found = division_of(Sharding(fsdp=fsdp, tensor_parallel_size=2), 8)
+    assert (found.way, found.readers, found.share("weights")) == ("fsdp2", 4, 0.125)
+    with pytest.raises(StageError, match="8 processes are no groups of 3"):
+        division_of(Sharding(fsdp=fsdp, tensor_parallel_size=3), 8)
+
+
 def test_odd_deepspeed_settings_are_no_traceback_for_the_worker():
     assert Sharding(deepspeed={"zero_optimization": True}).shards is False
 
@@ -189,7 +198,12 @@ def test_a_plan_counts_with_the_memory_that_training_may_fill(tmp_path, device, 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     asked = {"gradient_checkpointing": "auto", "sequence_len": 4096, "batch_size": 2}
     recipe = recipe_of(**LORA | asked, gradient_accumulation_steps=None, gpu_memory_limit=limit)
-    found = forecast(recipe, str(tmp_path), None, device, 1)
+    amount = Amount(10**6, 250, 1000, "made up", is_estimate=False)
+    found = forecast(recipe, str(tmp_path), amount, device, 1)
+    # Of a GPU that is not known there is nothing to say about time.
+    assert any(line.startswith("time: ") for line in found.lines) == (
+        device is not None and policy is not False
+    )
     assert found.choice.checkpointing == policy
     assert found.device.memory == pytest.approx(limit * GIB + CONTEXT)
     assert placement_of(recipe, str(tmp_path), device, 1) == found.choice

@@ -28,10 +28,10 @@ from regrow.tasks.merge import lazy, write
 from regrow.tasks.merge import run as merge
 from regrow.tasks.merge.base_model import open_base
 from regrow.tasks.merge.fidelity import compare, probe_batch
-from regrow.tasks.merge.files import ShardWriter
 from regrow.tasks.merge.spec import MergePlacement, MergeSpec
 from regrow.tasks.modeling.adapter import add_adapter, load_adapter
 from regrow.tasks.modeling.load import DTYPES, load_model
+from regrow.tasks.modeling.model_files import ShardWriter
 from regrow.tasks.modeling.quantization import Quantization
 from regrow.tasks.modeling.rounding import round_weights
 from regrow.tasks.modeling.rows import SCHEMA

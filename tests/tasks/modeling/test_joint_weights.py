@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from regrow.kernels import lora_linear
 from regrow.kernels.neighbours import rows_of_one
 from regrow.tasks.modeling import joint_weights
-from regrow.tasks.modeling.float8 import freeze_in_float8
+from regrow.tasks.modeling.float8 import Float8Linear, freeze_in_float8, round_together
 from regrow.tasks.modeling.joint_weights import lay_group, lay_together
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from tests.tasks.modeling.models import packed_batch, tiny
@@ -168,3 +170,17 @@ def test_layers_in_8_bits_are_rounded_as_one(on_gpu, joined):
     assert layer.in_8_bits() is not before
     torch.testing.assert_close(layer.in_8_bits().row_scales_O, 2 * before.row_scales_O)
     assert copy.deepcopy(ours)(**packed_batch()).loss.isfinite()
+    layer.weight = torch.nn.Parameter(layer.weight / 2, requires_grad=False)
+    torch.testing.assert_close(layer.in_8_bits().row_scales_O, before.row_scales_O)
+
+
+def test_layers_in_8_bits_go_at_once():
+    linears = [Float8Linear(torch.nn.Linear(16, 16)) for _ in range(3)]
+    round_together(linears[:2])
+    gone = [weakref.ref(part) for each in linears for part in (each, each.in_8_bits().rows_OI)]
+    gc.disable()
+    try:
+        del linears[:]
+        assert [ref() for ref in gone] == [None] * 6
+    finally:
+        gc.enable()

@@ -152,3 +152,8 @@ def test_a_base_stored_in_fp8_is_dequantized(tmp_path):
     for name, weight in model.named_parameters():
         assert weight.dtype == torch.bfloat16
         torch.testing.assert_close(weight, plain[name], rtol=0.07, atol=1e-3)
+    model.save_pretrained(tmp_path / "again")  # in numbers that its config.json tells of
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(weight, again[name]) for name, weight in model.named_parameters())
+    assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()

@@ -68,7 +68,7 @@ def test_a_missing_package_is_named_with_its_key():
         require_package("no-such", "no_such_module", "load_in_4bit")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
 def test_a_base_stored_quantized_otherwise_is_refused(tiny_llama_dir, tmp_path, method):
     where = tmp_path / "model"
     shutil.copytree(tiny_llama_dir, where)

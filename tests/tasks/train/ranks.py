@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from regrow.configs.zero import zero_stage
+from regrow.infra.launch import WorkerFailed
 from regrow.infra.settings import child_environment
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.metrics import read_metrics
@@ -88,6 +89,32 @@ def run_and_kill(job: WorkerJob, ranks: int, step: int, rank: int) -> list[str]:
     statuses, said = _attempt(job, ranks, {KILL: f"{rank} {step}"})
     assert statuses[rank] == signal.SIGKILL, f"{statuses}\n{said[-8000:]}"
     return said.splitlines()
+
+
+def run_forked(
+    module: str,
+    args: Sequence[str],
+    *,
+    num_processes: int,
+    on_line: Callable[[str], None],
+    log_path: Path,
+    env: Mapping[str, str],
+    **options: Any,
+) -> None:
+    """In place of `regrow.infra.launch.run_workers`: without torchrun, and the time it takes."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path.touch()
+    before = len(log_path.read_text())
+    (job,) = args
+    error = Path(job).with_name("error.json")
+    error.unlink(missing_ok=True)
+    told = {**env, "TORCHELASTIC_ERROR_FILE": str(error)}
+    statuses = Group(_forker(), num_processes, told, Path(job), log_path, module).finish()
+    for line in log_path.read_text()[before:].splitlines():
+        on_line(line)
+    if any(statuses):
+        content = json.loads(error.read_text())["message"]
+        raise WorkerFailed(content["message"], None, "", log_path)
 
 
 def resumed_after(said: list[str]) -> int | None:

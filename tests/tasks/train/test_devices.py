@@ -62,6 +62,13 @@ def test_a_limit_of_the_gpu_s_memory_does_nothing_on_the_cpu(make_job, caplog):
     assert "gpu_memory_limit does nothing here" in caplog.text
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_of_a_machine_says_it_for_all(monkeypatch, caplog, rank):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    limit_memory(torch.device("cpu"), 8.0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (rank == 0)
+
+
 @pytest.mark.parametrize("has_some", [True, False])
 def test_ranks_see_the_gpus_of_their_run_alone_and_hold_them(make_job, monkeypatch, has_some):
     given = {}

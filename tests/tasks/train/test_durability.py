@@ -343,10 +343,13 @@ def test_too_little_memory_halves_the_micro_batch_down_to_one(attempts, tmp_path
 
 def test_what_auto_chose_is_given_up_before_the_micro_batch(attempts, tmp_path):
     course = attempts(micro_batch_size=2, gradient_checkpointing="auto", gpu_memory_limit=8.0)
-    course.after(failed(tmp_path, "out of memory"))
-    placement = course.job.placement
-    assert (placement.gradient_checkpointing, placement.micro_batch_size) == ("offload", 2)
-    course.after(failed(tmp_path, "out of memory"))
+    said = "INFO regrow: should memory run out, it goes on with gradient_checkpointing: "
+    for policy in ("full", "offload"):
+        course.hear(said + policy)
+        course.after(failed(tmp_path, "out of memory"))
+        placement = course.job.placement
+        assert (placement.fallback, placement.micro_batch_size) == (policy, 2)
+    course.after(failed(tmp_path, "out of memory"))  # whose worker named nothing
     assert course.job.placement.micro_batch_size == 1
     with pytest.raises(StageError, match=r"One of: lower sequence_len; raise gpu_memory_limit$"):
         course.after(failed(tmp_path, "out of memory"))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from regrow.infra.launch import WorkerFailed
 from regrow.tasks.forecast.fit import Choice, Room, choose
 from regrow.tasks.forecast.job_setting import Facts, wish_of_job
 from regrow.tasks.forecast.memory import GIB
@@ -14,6 +15,8 @@ from regrow.tasks.forecast.model_shape import model_shape
 from regrow.tasks.modeling.kernels import Swapped
 from regrow.tasks.train import fitting
 from regrow.tasks.train.adapter_spec import AdapterSpec
+from regrow.tasks.train.attempts import Attempts
+from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.order import Split
 from regrow.tasks.train.reporters import Reporters
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
@@ -97,6 +100,88 @@ def test_activations_wait_on_the_host_only_where_it_has_room():
     assert "host" not in fitting.decide("auto", wish(), "", Room(9 * GIB, host=90 * GIB)).why
 
 
+@pytest.mark.parametrize(
+    ("gib", "host", "expected"),
+    [
+        (62, 90, ["none", "full", "offload"]),
+        (24, 90, ["selective", "full", "offload"]),
+        (21.5, 1, ["full"]),
+        (24, 1, ["selective", "full"]),
+        (17, 1, ["full"]),
+    ],
+)
+def test_after_an_end_of_memory_less_is_kept_as_far_as_the_host_has_room(gib, host, expected):
+    """Then nothing is left but smaller micro-batches."""
+    room = Room(gib * GIB, host * GIB)
+    found = [fitting.decide("auto", wish(), "", room)]
+    while found[-1].fallback:
+        found.append(fitting.decide("auto", wish(), "", room, found[-1].fallback))
+    assert [each.policy for each in found] == expected
+    taken = [each.forecast.allocated for each in found]
+    assert taken == sorted(taken, reverse=True)
+    assert found[-1].stays == 0
+
+
+@pytest.mark.parametrize("asked", ["auto", "offload"])
+def test_what_was_offloaded_already_is_offloaded_to_the_last_byte(asked):
+    room = Room(18 * GIB, host=90 * GIB)
+    first = fitting.decide(asked, wish(asked=asked), "", room)
+    assert (first.policy, first.fallback) == ("offload", "offload")
+    again = fitting.decide(asked, wish(asked=asked), "", room, first.fallback)
+    assert (again.policy, again.stays, again.fallback) == ("offload", 0.0, None)
+    assert again.forecast.allocated < first.forecast.allocated < room.device
+    # Inputs of 2 GiB: a part of them has room on this host, all of them have not.
+    found = fitting.decide(asked, wish(asked=asked), "", Room(18 * GIB, host=2 * GIB))
+    assert (found.policy, found.fits, found.fallback) == ("offload", True, None)
+
+
+def test_what_can_only_stay_in_any_case_is_no_other_run():
+    asked = wish()
+    one = 2 * 2 * 4096 * 4096
+    setting = asked.at(2, "offload")
+    least = next(
+        room
+        for mib in range(16000, 18000, 4)
+        if (room := Room(mib * 2**20)) and one < fitting.staying(setting, room)
+    )
+    found = fitting.decide("auto", asked, "", least)
+    assert found.policy == "offload"
+    assert one < found.stays < 2 * one
+    assert found.fallback is None
+
+
+def test_only_what_auto_chose_is_given_up():
+    room = Room(80 * GIB, host=90 * GIB)
+    for asked in (False, True, "selective"):
+        assert fitting.decide(asked, wish(asked=asked), "", room).fallback is None
+    assert fitting.decide("auto", None, "nobody knows it", room).fallback is None
+    assert fitting.decide("auto", None, "", None).fallback == "full"  # on a CPU
+
+
+def test_offloading_that_is_asked_for_says_where_the_host_is_too_small():
+    found = fitting.decide("offload", wish(asked="offload"), "", Room(17 * GIB, host=1 * GIB))
+    assert (found.policy, found.fits) == ("offload", False)
+    assert "it has only 1.0 GiB free" in found.why
+    found = fitting.decide("offload", wish(asked="offload"), "", Room(17 * GIB, host=9 * GIB))
+    assert (found.fits, found.why) == (True, "")
+
+
+def test_the_stage_hears_of_what_takes_less(monkeypatch, caplog, tmp_path):
+    args = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    placement = TrainPlacement("", micro_batch_size=2, gradient_checkpointing="auto")
+    job = WorkerJob(SPEC, placement, tmp_path, tmp_path, tmp_path, tmp_path)
+    monkeypatch.setattr(fitting, "_wish", lambda *rest: (wish(), ""))
+    course = Attempts(job, SimpleNamespace(log=lambda message: None), tmp_path)
+    model = SimpleNamespace(config=None, modules=list)
+    with caplog.at_level("INFO"):
+        fitting.fit(job, model, Swapped(), Split(2, 1, 1), args)
+    for record in caplog.records:
+        course.hear(f"INFO {record.name}: {record.getMessage()}")
+    course.after(WorkerFailed("OutOfMemoryError", 0, "", tmp_path))
+    assert (course.job.placement.fallback, course.job.placement.micro_batch_size) == ("full", 2)
+    assert fitting.fit(course.job, model, Swapped(), Split(2, 1, 1), args).policy == "full"
+
+
 def rooms_of_ranks() -> tuple[float, str]:
     rank = torch.distributed.get_rank()
     free = (60 - 36 * rank) * GIB
@@ -123,7 +208,7 @@ def test_a_share_of_the_gpu_is_all_the_room_there_is(monkeypatch):
 
 def test_a_warning_says_that_the_host_is_too_small(monkeypatch, caplog):
     args = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing="auto"))
+    job = SimpleNamespace(placement=TrainPlacement("", gradient_checkpointing="auto"))
     given = {"_wish": (wish(), ""), "is_attached": False}
     for name, value in given.items():
         monkeypatch.setattr(fitting, name, lambda *rest, value=value: value)
@@ -138,7 +223,7 @@ def test_a_warning_says_that_the_host_is_too_small(monkeypatch, caplog):
 def fit_of_rank() -> str:
     asked = "offload" if torch.distributed.get_rank() else "full"
     args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
-    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing=asked))
+    job = SimpleNamespace(placement=TrainPlacement("", gradient_checkpointing=asked))
     fitting._wish = lambda *rest: (None, "")
     fitting.is_attached = lambda model: False
     model = SimpleNamespace(config=None, modules=list)
@@ -153,7 +238,7 @@ def test_offloading_gives_way_where_examples_are_side_by_side(caplog):
     part = SimpleNamespace(regrow_side_by_side=True)
     model = SimpleNamespace(modules=lambda: [part])
     args = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    job = SimpleNamespace(placement=SimpleNamespace(gradient_checkpointing="offload"))
+    job = SimpleNamespace(placement=TrainPlacement("", gradient_checkpointing="offload"))
     assert fitting.fit(job, model, Swapped(), Split(2, 1, 1), args).policy == "full"
     assert "offload is for packed rows" in caplog.text
 

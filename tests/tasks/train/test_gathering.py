@@ -248,7 +248,6 @@ def test_only_whole_models_in_bfloat16_travel_rounded():
         assert not rounds_before_sending(dataclasses.replace(spec, **change), fsdp)
     for change in (
         {"cpu_ram_efficient_loading": True},
-        {"activation_checkpointing": True},
         {"auto_wrap_policy": "SIZE_BASED_WRAP"},
     ):
         assert not rounds_before_sending(spec, Sharding(fsdp=FSDP | change))

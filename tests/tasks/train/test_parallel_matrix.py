@@ -97,20 +97,25 @@ def test_two_ranks_follow_one_and_lose_nothing_when_killed(job_of, way, kind, fi
     assert file_bytes(resumed.out) == file_bytes(calm.out)
 
 
+# From two ranks to one and back for each way, and from way to way with as many ranks.
+CHAINS = {
+    "whole-weights": [("ddp", 2), ("ddp", 1), ("zero2", 2), ("ddp", 1), ("ddp", 2)],
+    "divided-weights": [("zero3", 2), ("ddp", 1), ("fsdp2", 2), ("ddp", 1), ("zero3", 2)],
+    "ways": [("fsdp2", 2), ("ddp", 1), ("zero3", 2), ("ddp", 2), ("zero2", 2)],
+}
+CHAINED = [
+    pytest.param(chain, marks=pytest.mark.extended if chain == "ways" else pytest.mark.slow)
+    for chain in CHAINS
+]
+
+
 @needs_deepspeed
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.extended),
-    ],
-)
-def test_a_checkpoint_fits_every_other_way(job_of, kind):
-    """FSDP2 on two ranks, then one rank, then ZeRO-3 on two, then DDP on two, then ZeRO-2."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chain", CHAINED)
+def test_a_checkpoint_fits_every_other_way_and_number_of_ranks(job_of, chain, kind):
     alone = job_of("alone", kind)
     train(alone)
-    ways = [("fsdp2", 2), ("ddp", 1), ("zero3", 2), ("ddp", 2), ("zero2", 2)]
-    last = pass_on(job_of, kind, ways)
+    last = pass_on(job_of, kind, CHAINS[chain])
     assert follows(last, alone)
 
 
