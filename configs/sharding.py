@@ -50,13 +50,13 @@ def _ray(draft: Draft) -> None:
 
 
 def _by_fsdp(draft: Draft) -> None:
-    """Expert parallelism divides weights over processes; here FSDP does, by layers. The result is
-    the same, and each process holds as small a part of them. Tensor parallelism is a field, which
-    DeepSpeed has not."""
+    """Expert parallelism, and tensor parallelism beside what it is not combined with here, divide
+    weights over processes; here FSDP does, by layers. The result is the same, and each process
+    holds as small a part of them."""
     for key in ("expert_parallel_size", "tensor_parallel_size"):
         size = draft.data.get(key)
-        if size and key == "tensor_parallel_size" and not draft.data.get("deepspeed"):
-            return
+        if size and key == "tensor_parallel_size" and not _combined(draft):
+            return  # a field
         draft.data.pop(key, None)
         if not size or (size == 1 and not isinstance(size, bool)):
             continue
@@ -67,6 +67,13 @@ def _by_fsdp(draft: Draft) -> None:
             draft.fault((key,), why, "Use `fsdp_config` in the place of `deepspeed`", size)
         else:
             _more_shards(draft, key, size)
+
+
+def _combined(draft: Draft) -> bool:
+    """Whether layers are not divided here beside what else is asked for."""
+    copies = ("context_parallel_size", "dp_replicate_size")
+    others = _has_fsdp(draft) and any(draft.data.get(key) not in (None, 0, 1) for key in copies)
+    return others or bool(draft.data.get("deepspeed"))
 
 
 def _more_shards(draft: Draft, key: str, size: int) -> None:

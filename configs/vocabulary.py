@@ -244,6 +244,8 @@ READ_OTHERWISE: dict[str, str] = {
         "{output_router_logits, router_aux_loss_coef} are keys here; others are refused",
     ),
     "use_ray": "read as `launcher: ray`",
+    "tensor_parallel_size": "beside `fsdp_config` with `dp_replicate_size` or "
+    "`context_parallel_size`, read as so many more shards",
     "expert_parallel_size": "read as `fsdp_config`, with as many more shards",
     "eval_causal_lm_metrics": "[perplexity], which is always taken; others are refused",
     "do_causal_lm_eval": "accepted beside `eval_causal_lm_metrics: [perplexity]`",

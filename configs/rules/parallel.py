@@ -146,7 +146,7 @@ def divided_layers_are_whole_copies(recipe: Recipe, given: frozenset[str]) -> It
 
 @rule(
     *("tensor_parallel_size", "fsdp_config", "num_processes", "dp_shard_size"),
-    *("dp_replicate_size", "load_in_4bit"),
+    "load_in_4bit",
 )
 def divided_layers_are_sharded_in_groups(recipe: Recipe, given: frozenset[str]) -> Iterator[Breach]:
     """Beside tensor parallelism FSDP2 shards over groups of its processes, as Transformers lays
@@ -163,12 +163,8 @@ def divided_layers_are_sharded_in_groups(recipe: Recipe, given: frozenset[str]) 
     if recipe.load_in_4bit:
         remedy = "Remove `fsdp_config`: all processes then divide the layers"
         yield key, "FSDP2 cannot shard the divided layers of a quantized base", remedy
-    if recipe.dp_replicate_size > 1:
-        why = "there are no copies of a model whose layers are divided and sharded"
-        yield ("dp_replicate_size",), why, "Remove it"
     for name, asked in (
         ("offload_params", config.offload_params),
-        ("activation_checkpointing", config.activation_checkpointing),
         ("auto_wrap_policy", config.auto_wrap_policy == "SIZE_BASED_WRAP"),
     ):
         if asked:

@@ -43,6 +43,11 @@ def plain_weights(directory: Path, settings: Mapping[str, Any]) -> dict[str, Ten
         found = {}
         for layer in layers:
             names = [f"{layer}.{part}" for part in _PARTS]
+            if missing := [name for name in names if name not in places]:
+                raise StageError(
+                    f"base_model: {directory} is stored as GPTQ and has no {missing[0]}; use the "
+                    "unquantized model"
+                )
             parts = [places.pop(name).get_tensor(name) for name in names]
             found[f"{layer}.weight"] = dequantized(*parts, bits=bits, shift=shift)
         return found | {name: file.get_tensor(name) for name, file in places.items()}

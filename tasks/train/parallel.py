@@ -117,7 +117,6 @@ def _check_shards(spec: TrainSpec, sharding: Sharding) -> None:
         "quantized base": spec.quantization,
         "dp_replicate_size": sharding.dp_replicate_size > 1,
         "fsdp_config.offload_params": fsdp.get("cpu_offload"),
-        "fsdp_config.activation_checkpointing": fsdp.get("activation_checkpointing"),
         "SIZE_BASED_WRAP": fsdp.get("auto_wrap_policy") == "SIZE_BASED_WRAP",
     }
     others = [name for name, value in asked.items() if value]

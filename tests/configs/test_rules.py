@@ -556,12 +556,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "tensor_parallel_size",
                 "layers of a quantized base",
             ),
-            ("dp_replicate_size: 2\nfsdp_config: {}", "dp_replicate_size", "no copies of a model"),
             *(
                 (f"fsdp_config: {{{name}: {value}}}", f"fsdp_config.{name}", "without this")
                 for name, value in (
                     ("offload_params", "true"),
-                    ("activation_checkpointing", "true"),
                     ("auto_wrap_policy", "SIZE_BASED_WRAP, min_num_params: 9"),
                 )
             ),

@@ -224,6 +224,11 @@ def test_refused_words_have_a_reason_and_a_remedy():
         ("tensor_parallel_size: 2", "tensor_parallel_size", 2),
         ("tensor_parallel_size: 2\nexpert_parallel_size: 2", "tensor_parallel_size", 2),
         ("tensor_parallel_size: 2\nfsdp_config: {}", "tensor_parallel_size", 2),
+        *(
+            (f"tensor_parallel_size: 2\ndp_shard_size: 2\n{more}: 2\nfsdp_config: {{}}", key, value)
+            for more in ("dp_replicate_size", "context_parallel_size")
+            for key, value in (("tensor_parallel_size", 1), ("dp_shard_size", 4), (more, 2))
+        ),
         ("context_parapllel_size: 2", "context_parallel_size", 2),
     ],
 )

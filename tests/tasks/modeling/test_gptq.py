@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from regrow.tasks.modeling.gptq import dequantized
 from regrow.tasks.modeling.load import load_model
@@ -85,4 +87,12 @@ def test_other_forms_are_refused_by_name(base, odd):
     config["quantization_config"] |= odd
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(StageError, match=f"{next(iter(odd))} .*Use the unquantized model"):
+        load_model(base, dtype="float32")
+
+
+def test_a_layer_whose_parts_are_not_all_there_is_named(base):
+    weights = load_file(base / "model.safetensors")
+    lost = next(name for name in sorted(weights) if name.endswith("g_idx"))
+    save_file({n: t for n, t in weights.items() if n != lost}, base / "model.safetensors")
+    with pytest.raises(StageError, match=f"has no {re.escape(lost)}; use the unquantized"):
         load_model(base, dtype="float32")

@@ -46,10 +46,20 @@ def job_of(make_job, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_on_sharded_parts_of_layers_follows_one_rank(job_of):
-    alone, both = (job_of(*what, steps=3) for what in (("alone", "lora"), ("both", "lora", BOTH)))
+def test_sharded_parts_of_layers_follow_one_rank(job_of):
+    alone, both = (job_of(*what, steps=3) for what in (("alone", "full"), ("both", "full", BOTH)))
     train(alone)
     run_ranks(both, 4)
+    assert follows(both, alone, weights=1e-5)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_layers_that_are_computed_again_are_gathered_again(job_of, kind):
+    alone, both = (job_of(*what, steps=3) for what in (("alone", kind), ("both", kind, BOTH)))
+    place = dataclasses.replace(both.placement, gradient_checkpointing=True)
+    train(alone)
+    run_ranks(dataclasses.replace(both, placement=place), 4)
     assert follows(both, alone, weights=1e-5)
 
 
