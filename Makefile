@@ -18,8 +18,11 @@ demo: $(VENV)/ready $(MODEL)/config.json
 test: $(VENV)/tested $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal -m "not gpu and not services and not slow and not extended"
 
+# Three, as many of these wait for servers or for processes that end. A file stays together: what its
+# tests share is started once. tests/conftest.py says which files come first.
 slow: $(VENV)/tested $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal --durations=15 -m "(slow or services) and not gpu and not extended"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+		--durations=15 -m "(slow or services) and not gpu and not extended"
 
 extended: $(VENV)/tested $(MODEL)/config.json
 	$(BIN)/pytest -q -m "extended and not gpu"

@@ -208,7 +208,7 @@ def _of_fsdp(recipe: Recipe, given: frozenset[str]) -> Iterator[Unread]:
     if config.auto_wrap_policy != "TRANSFORMER_BASED_WRAP" and config.transformer_layer_cls_to_wrap:
         why = f"`auto_wrap_policy: {config.auto_wrap_policy}` does not use it"
         yield "fsdp_config.transformer_layer_cls_to_wrap", why
-    if config.auto_wrap_policy != "SIZE_BASED_WRAP" and config.min_num_params:
+    if config.min_num_params:
         why = f"`auto_wrap_policy: {config.auto_wrap_policy}` does not use it"
         yield "fsdp_config.min_num_params", why
     if "state_dict_type" in config.model_fields_set:

@@ -10,11 +10,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prefect.context import FlowRunContext
 from prefect.events import RelatedResource, emit_event
 from prefect.settings import get_current_settings, temporary_settings
 
+from regrow.infra.beside import beside
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import load_settings
 
@@ -48,9 +50,8 @@ def beating() -> Iterator[None]:
         yield
         return
     resource, related = _event_of(context)
-    over = threading.Event()
 
-    def beat() -> None:
+    def beat(over: threading.Event) -> None:
         while True:
             try:
                 emit_event(BEAT, resource, related=related)
@@ -61,13 +62,8 @@ def beating() -> Iterator[None]:
 
     # Prefect finds the server's address in the context.
     here = contextvars.copy_context()
-    thread = threading.Thread(target=here.run, args=(beat,), name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with beside(partial(here.run, beat), "heartbeat"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _event_of(context: FlowRunContext) -> tuple[dict[str, str], list[RelatedResource]]:

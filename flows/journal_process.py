@@ -19,14 +19,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from regrow.flows.progress import say
+from regrow.infra.beside import beside
 from regrow.infra.launch import die_with_parent
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import Settings, child_environment
@@ -162,7 +163,7 @@ class JournalProcess:
 
         while True:
             try:
-                with self._watched():
+                with beside(self._watch, "journal-watch"):
                     self._connection.send((what, args))
                     how, answer, self._memory = self._connection.recv()
                 self._spares = 1
@@ -181,31 +182,19 @@ class JournalProcess:
             raise wrong
         return answer
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Inside, the process is killed when it takes too long."""
-        over, begin = threading.Event(), time.monotonic()
-
-        def watch() -> None:
-            told = False
-            while not over.wait(0.1):
-                waited = time.monotonic() - begin
-                if waited > self._limit:
-                    self._hung = True
-                    self.hurry()
-                    self._process.kill()
-                    return
-                if waited > _WORD_SECONDS and not told:
-                    told = True
-                    say(f"waiting for MLflow at {mask_secrets(self.place.tracking_uri)}")
-
-        watcher = threading.Thread(target=watch, name="journal-watch", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join()
+    def _watch(self, over: threading.Event) -> None:
+        """Kill the process when its answer takes too long."""
+        begin, told = time.monotonic(), False
+        while not over.wait(0.1):
+            waited = time.monotonic() - begin
+            if waited > self._limit:
+                self._hung = True
+                self.hurry()
+                self._process.kill()
+                return
+            if waited > _WORD_SECONDS and not told:
+                told = True
+                say(f"waiting for MLflow at {mask_secrets(self.place.tracking_uri)}")
 
     def _started_again(self) -> bool:
         with self._lock:
@@ -348,6 +337,7 @@ def _opened(place: Place) -> Tracker:
     """
     from regrow.flows import journal, workplace  # noqa: F401 (needed at the first question)
     from regrow.infra import tracking
+    from regrow.tasks import plan  # noqa: F401 (what stages are made of)
 
     tracker = tracking.Tracker(place.tracking_uri, place.experiment)
     tracking.preload()

@@ -45,12 +45,12 @@ def run_recipe(
     workplace = _opened(loaded, last)
     start_journal(workplace.journal_place(loaded.recipe, loaded.name))
     _import_the_rest()
-    if server is not None:
-        server.wait()
     from regrow.flows.finetune import finetune, stages_upto
     from regrow.flows.heartbeat import ours_instead
 
     with ours_instead():
+        if server is not None:
+            server.wait()
         if last:
             state = stages_upto(loaded.recipe, last, loaded.name, return_state=True)
         else:
@@ -110,7 +110,10 @@ def _import_the_rest() -> None:
     """
     gc.disable()
     try:
-        from regrow.flows import finetune  # noqa: F401 (imports Prefect)
+        import fastapi.encoders  # noqa: F401 (Prefect imports it, as the next two, in a flow)
+        from prefect import flow_engine, task_engine  # noqa: F401
+
+        from regrow.flows import finetune  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()

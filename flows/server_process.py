@@ -1,20 +1,17 @@
 """The process of a run's own Prefect server, which makes a new database while it imports the rest.
 
-A database of Prefect's is made by some 9,000 statements, each of which goes through two threads
-that wait for each other. A process of its own makes it: it begins with it when it can, on one
-processor, where threads hand over fastest, and without searching for garbage (3.4 s instead of
-4.9 s on an idle machine with 2 cores).
+A process of its own makes it, as soon as what that needs is imported.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import traceback
 from pathlib import Path
 
 from regrow.infra.launch import die_with_parent
+from regrow.infra.new_database import alone, make_whole
 
 
 def main() -> None:
@@ -35,7 +32,7 @@ def main() -> None:
 def _database_maker() -> int | None:
     """The id of a process that makes the database; None where there is none to make.
 
-    What it cannot make, or leaves half made, the server goes on with, and says what is wrong.
+    What it cannot make, the server makes itself, or says what is wrong.
     """
     from prefect.server.database import provide_database_interface
     from prefect.settings import get_current_settings
@@ -44,11 +41,14 @@ def _database_maker() -> int | None:
     database = provide_database_interface()
     url = make_url(database.database_config.connection_url)
     file = url.database or ":memory:"
-    if url.get_backend_name() != "sqlite" or ":memory:" in file or Path(file).exists():
+    path = Path(file)
+    if url.get_backend_name() != "sqlite" or url.query or ":memory:" in file or path.exists():
         return None
     if not get_current_settings().server.database.migrate_on_start:
         return None
-    import alembic.command  # noqa: F401 (here, beside nothing else)
+    import alembic.command  # noqa: F401 (the server needs it too)
+
+    from regrow.flows.prefect_database import migrate
 
     server = os.getpid()
     if maker := os.fork():
@@ -56,14 +56,11 @@ def _database_maker() -> int | None:
     try:
         die_with_parent()
         if os.getppid() == server:  # else it ended before it could be watched
-            _on_one_processor()
-            asyncio.run(database.create_db())
+            # Beside the database, which runs with other homes may share.
+            with alone(path.with_name(path.name + ".lock")):
+                if not path.exists():
+                    make_whole(path, lambda url: migrate(url, database))
     except Exception:  # noqa: BLE001 (see above)
         traceback.print_exc()
     finally:
         os._exit(0)
-
-
-def _on_one_processor() -> None:
-    if hasattr(os, "sched_setaffinity"):  # not on macOS
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -25,6 +25,7 @@ from typing import IO
 
 import psutil
 
+from regrow.infra.beside import beside
 from regrow.infra.nodes import Nodes
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import child_environment
@@ -169,21 +170,15 @@ def _stopped_by(stop: threading.Event | None, agent: subprocess.Popen[str]) -> I
     if stop is None:
         yield
         return
-    done = threading.Event()
 
-    def watch() -> None:
-        while not done.is_set():
+    def watch(over: threading.Event) -> None:
+        while not over.is_set():
             if stop.wait(_POLL_SECONDS):
                 stop_tree(agent)
                 return
 
-    watcher = threading.Thread(target=watch, name="stop-workers", daemon=True)
-    watcher.start()
-    try:
+    with beside(watch, "stop-workers"):
         yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def free_port() -> int:

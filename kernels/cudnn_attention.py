@@ -62,6 +62,8 @@ class _Sizes:
     key_heads: int
     size: int
     scale: float
+    room: int
+    """Numbers behind each row of the result."""
 
 
 class _Plan:
@@ -111,7 +113,7 @@ class _Graph:
         )
         self.tensors: dict[str, Any] = {
             name: self._whole_numbers(name, sizes.examples + extra)
-            for name, extra in (("lengths", 0), ("at_q", 1), ("at_k", 1), ("at_stats", 1))
+            for name, extra in zip(_NAMES, (0, 1, 1, 1, 1), strict=True)
         }
         self.options = {
             "attn_scale": sizes.scale,
@@ -127,23 +129,23 @@ class _Graph:
             name=name, dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind
         )
 
-    def layout(self, heads: int) -> tuple[list[int], list[int]]:
+    def layout(self, heads: int, room: int = 0) -> tuple[list[int], list[int]]:
         """(sizes, strides) of [T, heads, H] as cuDNN sees it: [examples, heads, longest, H]."""
         s = self.sizes
-        row = heads * s.size
+        row = heads * s.size + room
         return [s.examples, heads, s.longest, s.size], [s.longest * row, s.size, row, 1]
 
-    def input(self, name: str, heads: int, offsets: str) -> Any:
+    def input(self, name: str, heads: int, offsets: str, room: int = 0) -> Any:
         """One of q, k, v, out and its gradient."""
-        dim, stride = self.layout(heads)
+        dim, stride = self.layout(heads, room)
         made = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=self.kind)
         made.set_ragged_offset(self.tensors[offsets])
         self.tensors[name] = made
         return made
 
-    def output(self, name: str, made: Any, heads: int, offsets: str) -> None:
+    def output(self, name: str, made: Any, heads: int, offsets: str, room: int = 0) -> None:
         """The result and the gradients of q, k and v."""
-        dim, stride = self.layout(heads)
+        dim, stride = self.layout(heads, room)
         made.set_output(True).set_dim(dim).set_stride(stride).set_data_type(self.kind)
         made.set_ragged_offset(self.tensors[offsets])
         self.tensors[name] = made
@@ -171,7 +173,7 @@ def _forward_plan(sizes: _Sizes) -> _Plan:
     out, stats = made.graph.sdpa(
         name="attention", q=q, k=k, v=v, generate_stats=True, **made.options
     )
-    made.output("out", out, sizes.heads, "at_q")
+    made.output("out", out, sizes.heads, "at_out", sizes.room)
     dim, stride = made.stats_layout()
     stats.set_output(True).set_dim(dim).set_stride(stride)
     stats.set_data_type(made.cudnn.data_type.FLOAT)
@@ -185,7 +187,8 @@ def _backward_plan(sizes: _Sizes) -> _Plan:
     made = _Graph(sizes)
     q = made.input("q", sizes.heads, "at_q")
     k, v = (made.input(name, sizes.key_heads, "at_k") for name in "kv")
-    out, dout = (made.input(name, sizes.heads, "at_q") for name in ("out", "dout"))
+    out = made.input("out", sizes.heads, "at_out", sizes.room)
+    dout = made.input("dout", sizes.heads, "at_q")
     dim, stride = made.stats_layout()
     exact = made.cudnn.data_type.FLOAT
     stats = made.graph.tensor(name="stats", dim=dim, stride=stride, data_type=exact)
@@ -223,10 +226,10 @@ def _kind(sizes: _Sizes) -> _Sizes:
     return replace(sizes, examples=0, longest=0)
 
 
-def _sizes(q: Tensor, k: Tensor, examples: int, longest: int, scale: float) -> _Sizes:
+def _sizes(q: Tensor, k: Tensor, examples: int, longest: int, scale: float, room: int) -> _Sizes:
     """Those of the plan that serves such a row: the smallest that is large enough."""
     tokens, heads, size = q.shape
-    like = heads, k.shape[1], size, scale
+    like = heads, k.shape[1], size, scale, room
     return _sizes_of(q.device.index, q.dtype, tokens, examples, longest, like)
 
 
@@ -237,7 +240,7 @@ def _sizes_of(
     tokens: int,
     examples: int,
     longest: int,
-    like: tuple[int, int, int, float],
+    like: tuple[int, int, int, float, int],
 ) -> _Sizes:
     kind = _Sizes(device, dtype, 0, 0, _up(tokens, TOKENS), *like)
     there = _planned.get(kind, [])
@@ -253,11 +256,12 @@ def _sizes_of(
 
 
 def _places(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor, ...]:
-    """Lengths of the examples, and where each begins in q, in k and in the statistics."""
+    """Lengths of the examples; where each begins in q, k, the statistics and the result."""
     extra = sizes.examples + 1 - len(cu_seqlens)
     bounds = torch.nn.functional.pad(cu_seqlens, (0, extra), value=tokens)
     row, key_row = sizes.heads * sizes.size, sizes.key_heads * sizes.size
-    return bounds.diff(), bounds * row, bounds * key_row, bounds * sizes.heads
+    starts = (bounds * step for step in (row, key_row, sizes.heads, row + sizes.room))
+    return bounds.diff(), *starts
 
 
 _last: list[Any] = []
@@ -274,41 +278,55 @@ def _places_once(cu_seqlens: Tensor, tokens: int, sizes: _Sizes) -> tuple[Tensor
     return _last[4]
 
 
-def _exactly(q: Tensor, k: Tensor, lengths: Tensor, longest: int, scale: float) -> _Sizes:
+def _exactly(
+    q: Tensor, k: Tensor, lengths: Tensor, longest: int, scale: float, room: int
+) -> _Sizes:
     """The sizes that `_sizes` gave, from what the operations are given."""
     (tokens, heads, size), device = q.shape, q.device.index
     rounded = len(lengths), longest, _up(tokens, TOKENS)
-    return _Sizes(device, q.dtype, *rounded, heads, k.shape[1], size, scale)
+    return _Sizes(device, q.dtype, *rounded, heads, k.shape[1], size, scale, room)
 
 
-_NAMES = ("lengths", "at_q", "at_k", "at_stats")
+_NAMES = ("lengths", "at_q", "at_k", "at_stats", "at_out")
 _INPUTS = "Tensor q, Tensor k, Tensor v"
-_PLACES = "Tensor lengths, Tensor at_q, Tensor at_k, Tensor at_stats"
+_PLACES = ", ".join(f"Tensor {name}" for name in _NAMES)
+
+
+def _with_room(like: Tensor, room: int) -> Tensor:
+    """[T, N, H], with so many numbers behind each token's."""
+    if not room:
+        return torch.empty_like(like)  # no view, which nobody may change in place
+    tokens, heads, size = like.shape
+    wide = like.new_empty(tokens, heads * size + room)
+    return wide.as_strided(like.shape, (wide.shape[1], size, 1))
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, at_q: Tensor, at_k: Tensor,
-    at_stats: Tensor, longest: int, scale: float,
+    at_stats: Tensor, at_out: Tensor, longest: int, scale: float, room: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(result, its statistics [T, N]) of contiguous q, k and v."""
-    out = torch.empty_like(q)
+    out = _with_room(q, room)
     stats = q.new_empty(q.shape[:2], dtype=torch.float32)
     given = {"q": q, "k": k, "v": v, "out": out, "stats": stats}
-    given |= dict(zip(_NAMES, (lengths, at_q, at_k, at_stats), strict=True))
-    _forward_plan(_exactly(q, k, lengths, longest, scale)).run(q.device, given)
+    given |= dict(zip(_NAMES, (lengths, at_q, at_k, at_stats, at_out), strict=True))
+    _forward_plan(_exactly(q, k, lengths, longest, scale, room)).run(q.device, given)
     return out, stats
 
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, lengths: Tensor,
-    at_q: Tensor, at_k: Tensor, at_stats: Tensor, longest: int, scale: float,
+    at_q: Tensor, at_k: Tensor, at_stats: Tensor, at_out: Tensor, longest: int, scale: float,
+    room: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    sizes = _exactly(q, k, lengths, longest, scale)
+    sizes = _exactly(q, k, lengths, longest, scale, room)
+    if out.stride(0) != q.stride(0) + room:  # it was elsewhere meanwhile
+        out = _with_room(q, room).copy_(out)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     given = {"q": q, "k": k, "v": v, "out": out, "stats": stats, "dout": dout.contiguous()}
     given |= {"dq": dq, "dk": dk, "dv": dv}
-    given |= dict(zip(_NAMES, (lengths, at_q, at_k, at_stats), strict=True))
+    given |= dict(zip(_NAMES, (lengths, at_q, at_k, at_stats, at_out), strict=True))
     _backward_plan(sizes).run(q.device, given)
     return dq, dk, dv
 
@@ -317,7 +335,7 @@ def _backward(
 # `custom_op` would do more than is needed, and its Python takes longer than the launch.
 _library = torch.library.Library("regrow", "FRAGMENT")
 _library.define(
-    f"cudnn_attention({_INPUTS}, {_PLACES}, int longest, float scale) -> (Tensor, Tensor)"
+    f"cudnn_attention({_INPUTS}, {_PLACES}, int longest, float scale, int room) -> (Tensor, Tensor)"
 )
 _library.impl("cudnn_attention", _forward, "CompositeExplicitAutograd")
 
@@ -327,16 +345,17 @@ _library.impl("cudnn_attention", _forward, "CompositeExplicitAutograd")
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, places, longest, scale):
-        out, stats = torch.ops.regrow.cudnn_attention(q, k, v, *places, longest, scale)
+    def forward(ctx, q, k, v, places, *settings):
+        out, stats = torch.ops.regrow.cudnn_attention(q, k, v, *places, *settings)
         ctx.save_for_backward(q, k, v, out, stats, *places)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        found = _backward(grad_outputs[0], *ctx.saved_tensors, longest=ctx.longest, scale=ctx.scale)
-        return *found, None, None, None
+        longest, scale, room = ctx.settings
+        how: dict[str, Any] = {"longest": longest, "scale": scale, "room": room}
+        return *_backward(grad_outputs[0], *ctx.saved_tensors, **how), *(None,) * 4
 
 
 # ---- public ----
@@ -360,13 +379,15 @@ def why_not(dtype: torch.dtype, head_size: int) -> str:
     return ""
 
 
-def why_not_here(q_TNH: Tensor, k_TKH: Tensor, examples: int, longest: int, scale: float) -> str:
+def why_not_here(
+    q_TNH: Tensor, k_TKH: Tensor, examples: int, longest: int, scale: float, room: int = 0
+) -> str:
     """Why cuDNN is not to be asked for this row; "" when it has its plans."""
     if not 0 < len(q_TNH) <= _MOST_TOKENS:
         return f"rows of more than {_MOST_TOKENS} tokens are not for cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "cuDNN's sums come in any order"
-    return _why_no_plan(_sizes(q_TNH, k_TKH, examples, longest, scale))
+    return _why_no_plan(_sizes(q_TNH, k_TKH, examples, longest, scale, room))
 
 
 @functools.lru_cache(maxsize=512)
@@ -384,15 +405,22 @@ def _why_no_plan(sizes: _Sizes) -> str:
 
 
 def cudnn_attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, longest: int, scale: float
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+    room: int = 0,
 ) -> Tensor:
     """Causal attention inside each example: [T, N, H] in the dtype of q.
 
     Args:
         cu_seqlens: int32 [E + 1] from 0 to T.
         longest: tokens of the longest example.
+        room: so many numbers behind each token's are free.
     """
     q, k, v = (x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-    sizes = _sizes(q, k, len(cu_seqlens) - 1, longest, scale)
+    sizes = _sizes(q, k, len(cu_seqlens) - 1, longest, scale, room)
     places = _places_once(cu_seqlens, len(q), sizes)
-    return _Attention.apply(q, k, v, places, sizes.longest, scale)
+    return _Attention.apply(q, k, v, places, sizes.longest, scale, room)

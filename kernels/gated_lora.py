@@ -34,9 +34,9 @@ from regrow.kernels.swiglu import activate, rows_without_gaps
 LARGEST_RANK = 32  # beyond it a tile's factors weigh as much as the tile
 # Rows, columns, warps and stages of a tile, and programs of one multiprocessor: the best of eight
 # tiles forward, ten backward, and three or four counts at 8192 x 14336, r = 16
-# (tests/bench/gated_tiles.py, H100, 2026-11-22): 0.317 ms where the parts alone take 0.527, and
-# 0.487 ms where they take 0.678.
-_FORWARD = (64, 64, 4, 1, 8)
+# (tests/bench/gated_tiles.py, H100, 2026-11-22 and 23): 0.296 ms where the parts alone take 0.527,
+# and 0.487 ms where they take 0.678.
+_FORWARD = (64, 64, 4, 3, 24)
 _BACKWARD = (16, 64, 4, 3, 24)
 
 
@@ -76,7 +76,7 @@ def _skinny_columns(x, row_stride, column_stride, column, column_seen, rank, DEP
 @jit
 def _forward_kernel(gate, up, gate_stride, up_stride, h_gate, h_up, h_gate_stride, h_up_stride,
                     b_gate, b_up, gate_rank, up_rank, gate_scaling, up_scaling, a, a_rank, out,
-                    h_parts, rows, width, span, KIND: tl.constexpr, DEPTH: tl.constexpr,
+                    out_stride, h_parts, rows, width, span, KIND: tl.constexpr, DEPTH: tl.constexpr,
                     ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     row = tl.arange(0, ROWS)
     above = tl.program_id(0).to(tl.int64) * ROWS
@@ -84,7 +84,7 @@ def _forward_kernel(gate, up, gate_stride, up_stride, h_gate, h_up, h_gate_strid
     row_seen = row < rows - above
     gate += above * gate_stride
     up += above * up_stride
-    out += above * width
+    out += above * out_stride
     hg = _skinny(h_gate + above * h_gate_stride, h_gate_stride, row, row_seen, gate_rank, DEPTH)
     hu = _skinny(h_up + above * h_up_stride, h_up_stride, row, row_seen, up_rank, DEPTH)
     h = tl.zeros((ROWS, DEPTH), tl.float32)
@@ -102,7 +102,7 @@ def _forward_kernel(gate, up, gate_stride, up_stride, h_gate, h_up, h_gate_strid
         u = u.to(tl.float32) + up_scaling * tl.dot(hu, bu)
         value, _ = activate(g, KIND)
         hidden = (value * u).to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * width + column[None, :], hidden, mask=seen)
+        tl.store(out + row[:, None] * out_stride + column[None, :], hidden, mask=seen)
         h = tl.dot(hidden, tl.trans(a_tile), h)
     r = tl.arange(0, DEPTH)
     place = row[:, None] * a_rank + r[None, :]
@@ -169,23 +169,28 @@ def takes(x: Tensor) -> bool:
     return uses_triton("gated activation with adapters", x)
 
 
-def _fake_forward(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, activation):
-    return gate.new_empty(gate.shape), gate.new_empty(len(gate), len(a))
+def _fake_forward(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, activation, room):
+    rows, width = gate.shape
+    return gate.new_empty(rows, width + room)[:, :width], gate.new_empty(rows, len(a))
 
 
 @custom_op(
     "gated_lora_forward",
-    f"(Tensor gate, Tensor up, {_ADAPTERS}, str activation) -> (Tensor, Tensor)",
+    f"(Tensor gate, Tensor up, {_ADAPTERS}, str activation, int room) -> (Tensor, Tensor)",
     _fake_forward,
 )
 def forward(
     gate: Tensor, up: Tensor, h_gate: Tensor, b_gate: Tensor, s_gate: float, h_up: Tensor,
-    b_up: Tensor, s_up: float, a: Tensor, activation: str,
+    b_up: Tensor, s_up: float, a: Tensor, activation: str, room: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(hidden [T, F], h [T, r] of down) from gate and up [T, F] without their low-rank parts."""
+    """(hidden [T, F], h [T, r] of down) from gate and up [T, F] without their low-rank parts.
+
+    Args:
+        room: columns behind hidden, which are left as they are.
+    """
     tile_rows, tile_columns, warps, stages, programs = _FORWARD
     rows, width = gate.shape
-    out, h = gate.new_empty(rows, width), gate.new_empty(rows, len(a))
+    out, h = gate.new_empty(rows, width + room)[:, :width], gate.new_empty(rows, len(a))
     if not rows:
         return out, h
     row_tiles, tiles = -(-rows // tile_rows), -(-width // tile_columns)
@@ -195,8 +200,8 @@ def forward(
     h_parts = torch.empty(parts, rows, len(a), dtype=torch.float32, device=gate.device)
     given = _given(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a)
     _forward_kernel[(row_tiles, parts)](
-        *given, out, h_parts, rows, width, span, activation, _depth(a, b_gate, b_up), tile_rows,
-        tile_columns, num_warps=warps, num_stages=stages,
+        *given, out, width + room, h_parts, rows, width, span, activation, _depth(a, b_gate, b_up),
+        tile_rows, tile_columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     sum_parts(h_parts, h)
     return out, h

@@ -49,6 +49,7 @@ from torch.nn.functional import linear
 
 from regrow.kernels.dropout import draw_seed
 from regrow.kernels.float8 import Float8Weight, float8_product, quantize_rows
+from regrow.kernels.joint_product import beside_weight, joint_products
 from regrow.kernels.low_rank_sum import low_rank_sum, takes_sum
 from regrow.kernels.matmul import matmul_exact
 from regrow.kernels.neighbours import Gap, columns_of_one, rows_of_one
@@ -63,6 +64,7 @@ from regrow.kernels.projection import (
     dense,
     dropped,
     group_of,
+    held,
     tensors_of,
 )
 from regrow.kernels.rank_gradients import one_pass
@@ -87,6 +89,12 @@ def cast_adapters(
     group: Sequence[Projection], dtype: torch.dtype
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(all A in one matrix [R, I], B of each projection), as the products take them."""
+    kept: list[Any] = [projection.low for projection in group if projection.a is not None]
+    if kept and all(low is not None and low[0].dtype == dtype for low in kept):
+        parts = [a for a, _ in kept]
+        joint = rows_of_one(parts)
+        bs = [None if p.low is None else p.low[1] for p in group]
+        return torch.cat(parts) if joint is None else joint, bs
     matrices = [projection.a for projection in group if projection.a is not None]
     bs: list[Any] = [projection.b for projection in group]
     alike = len({projection.rank for projection in group}) == 1 and len(group) > 1
@@ -106,15 +114,21 @@ def project(
     drop: Drop,
     h_TR: Tensor | None = None,
     residual_TO: Tensor | None = None,
+    free_TJ: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(y [T, O] of each projection, h [T, R] of all, None when none has an adapter).
 
     Args:
         h_TR: where it is made already; `a_RI` is not looked at then.
         residual_TO: is added to the y of the only projection.
+        free_TJ: room behind x, see `joint_product`.
     """
     if h_TR is None and a_RI is not None:
         h_TR = dropped(x_TI, drop) @ a_RI.t()
+    if h_TR is not None and free_TJ is not None:
+        ys = _as_joint_products(x_TI, h_TR, free_TJ, group, bs, residual_TO)
+        if ys is not None:
+            return ys, h_TR
     eighth = quantize_rows(x_TI) if _is_float8(group) else None
     parts = _parts(h_TR, group)
     assert residual_TO is None or len(group) == 1
@@ -122,6 +136,28 @@ def project(
         _one(x_TI, eighth, p, h, b, residual_TO) for p, h, b in zip(group, parts, bs, strict=True)
     ]
     return ys, h_TR
+
+
+def _as_joint_products(
+    x_TI: Tensor,
+    h_TR: Tensor,
+    free_TJ: Tensor,
+    group: Sequence[Projection],
+    bs: Sequence[Tensor | None],
+    residual_TO: Tensor | None,
+) -> list[Tensor] | None:
+    """y [T, O] of each; None where a weight has no room for its B, or residual and bias meet."""
+    biases = [None if p.bias is None else p.bias.to(x_TI.dtype) for p in group]
+    if residual_TO is not None and biases != [None]:
+        return None
+    weights = [
+        beside_weight(weight, p.beside, b, p.scaling)
+        for weight, p, b in zip(held(group), group, bs, strict=True)
+    ]
+    whole = [weight for weight in weights if weight is not None and weight.dtype == x_TI.dtype]
+    if len(whole) < len(group):
+        return None
+    return joint_products(x_TI, h_TR, free_TJ, whole, biases, residual_TO)
 
 
 def project_apart(
@@ -330,12 +366,14 @@ def _parts(h_TR: Tensor | None, group: Sequence[Projection]) -> Iterator[Tensor 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, p, seed, gap, constants, *tensors):
+    def forward(ctx, x, residual, p, seed, gap, behind, constants, *tensors):
         x_TI = x.reshape(-1, x.shape[-1])
+        free_TJ = None if behind is None else behind.behind([x_TI.data])
         group = group_of(tensors, constants)
         a_RI, bs = cast_adapters(group, x.dtype)
         residual_TO = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed), residual_TO=residual_TO)
+        more = {"residual_TO": residual_TO, "free_TJ": free_TJ}
+        ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed), **more)
         ctx.save_for_backward(x_TI, h_TR, a_RI, *bs, *tensors)
         ctx.drop, ctx.gap, ctx.constants = (p, seed), gap, constants
         return tuple(like(y, x) for y in ys)
@@ -347,13 +385,13 @@ class _LoRALinear(torch.autograd.Function):
         bs, tensors = rest[:count], rest[count:]
         group = group_of(tensors, ctx.constants)
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
-        wants_x, wants_residual, _, _, _, _, *wanted = ctx.needs_input_grad
+        wants_x, wants_residual, _, _, _, _, _, *wanted = ctx.needs_input_grad
         behind = None if ctx.gap is None or h_TR is None else ctx.gap.behind(dys)
         dh, dbs = rank_gradients(dys, h_TR, group, bs, behind)
         dx = input_gradient(dys, dh, a_RI, group, ctx.drop) if wants_x else None
         grads = parameter_gradients(dys, x_TI, dbs, dh, group, ctx.drop, wanted)
         dresidual = grad_outputs[0] if wants_residual else None
-        return like(dx, grad_outputs[0]), dresidual, None, None, None, None, *grads
+        return like(dx, grad_outputs[0]), dresidual, *(None,) * 5, *grads
 
 
 def like(y_TO: Any, x: Tensor) -> Any:
@@ -372,12 +410,14 @@ def lora_linear(
     dropout: float = 0.0,
     residual: Tensor | None = None,
     gap: Gap | None = None,
+    behind: Gap | None = None,
 ) -> tuple[Tensor, ...]:
     """y [..., O] of each projection of x [..., I] (q, k and v; or one alone), in the dtype of x.
 
     Args:
         residual: like y of the only projection, to which it is added.
         gap: of `gap_for`; whoever makes the gradients of y may leave it behind them.
+        behind: what whoever made x has left behind it (`room_for`).
         dropout: probability of the low-rank path's dropout; one mask for the whole group. Give 0
             in evaluation.
 
@@ -389,4 +429,5 @@ def lora_linear(
         check_residual(residual, x, outputs)
     seed = draw_seed() if dropout > 0 else 0
     tensors = tensors_of(group)
-    return _LoRALinear.apply(x, residual, dropout, seed, gap, constants_of(group), *tensors)
+    constants = constants_of(group)
+    return _LoRALinear.apply(x, residual, dropout, seed, gap, behind, constants, *tensors)

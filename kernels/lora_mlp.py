@@ -49,16 +49,19 @@ from regrow.kernels.lora_linear import (
     project_apart,
     rank_gradients,
 )
+from regrow.kernels.neighbours import Gap
 from regrow.kernels.nf4 import Nf4Weight, dequantize_below
 from regrow.kernels.projection import (
     ROW_BYTES,
     Drop,
     Projection,
+    Rooms,
     check,
     check_residual,
     constants_of,
     dropped,
     group_of,
+    room_for,
     tensors_of,
 )
 
@@ -95,6 +98,8 @@ class Activation(NamedTuple):
     kind: str
     with_adapters: bool
     """Whether its kernels make what of the low-rank updates lies next to it (`gated_lora`)."""
+    behind: Gap | None
+    """Room behind the hidden layer, where the product of `down` is of use for it."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,14 @@ class _Layer:
         self, gate_TF: Tensor, up_TF: Tensor, h_TR: Tensor | None, drop: Drop
     ) -> tuple[Tensor, Tensor | None]:
         """(act(gate) * up [T, F], h [T, R] of down); given what `inner` gives."""
-        kind, with_adapters = self.activation
+        kind, with_adapters, behind = self.activation
         down_a_RF = self.casts[1]
         if with_adapters:
-            return gated_lora.forward(gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, kind)
+            given = gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, kind
+            hidden_TF, down_h_TR = gated_lora.forward(*given, behind.columns if behind else 0)
+            if behind is not None:
+                behind.is_behind(hidden_TF)
+            return hidden_TF, down_h_TR
         hidden_TF = swiglu.gated_forward(gate_TF, up_TF, kind)
         return hidden_TF, None if down_a_RF is None else dropped(hidden_TF, drop) @ down_a_RF.t()
 
@@ -141,9 +150,8 @@ class _Layer:
 
     def outer(self, hidden_TF: Tensor, h_TR: Tensor | None, residual_TH: Tensor | None) -> Tensor:
         """y [T, H]."""
-        down, bs = self.group[2:], self.casts[4:]
-        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR, residual_TH)
-        return y_TH
+        down, bs, behind = self.group[2:], self.casts[4:], self.activation.behind
+        return _outer(hidden_TF, h_TR, down, bs, residual_TH, behind)
 
     def back(
         self, dy_TH: Tensor, saved: Sequence[Any], drops: Drops, wants_x: bool, wanted: list[bool]
@@ -153,7 +161,7 @@ class _Layer:
         a_RH, down_a_RF, *bs = self.casts
         inner, outer = self.group[:2], self.group[2:]
         split = 2 * _PER_PROJECTION
-        kind, with_adapters = self.activation
+        kind, with_adapters, _ = self.activation
         dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
         hidden_TF = da_RF = inner_dh = None
         if with_adapters:
@@ -178,6 +186,20 @@ class _Layer:
         dx = input_gradient(dys, dh, a_RH, inner, drops[0]) if wants_x else None
         of_inner = parameter_gradients(dys, x_TH, dbs, dh, inner, drops[0], wanted[:split])
         return dx, of_inner + of_down
+
+
+def _outer(
+    hidden_TF: Tensor,
+    h_TR: Tensor | None,
+    down: Sequence[Projection],
+    bs: Sequence[Tensor | None],
+    residual_TH: Tensor | None,
+    behind: Gap | None,
+) -> Tensor:
+    """y [T, H]."""
+    free_TJ = None if behind is None else behind.behind([hidden_TF])
+    (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR, residual_TH, free_TJ)
+    return y_TH
 
 
 def _room(ranks: int, like: Tensor) -> int:
@@ -304,11 +326,12 @@ class _Down(torch.autograd.Function):
     """y from the hidden layer, for a token of `_LoRAMLP`; nothing is saved here."""
 
     @staticmethod
-    def forward(ctx, token, residual, constants, hidden_TF, h_TR, *tensors):
+    def forward(ctx, token, residual, constants, behind, hidden_TF, h_TR, *tensors):
         down = group_of(tensors, constants)
-        bs = [None if p.b is None else p.b.to(token.dtype) for p in down]
+        factors = down[0].factors(token.dtype)
+        bs = [None if factors is None else factors[1]]
         residual_TH = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        (y_TH,), _ = project(hidden_TF, down, None, bs, (0.0, 0), h_TR, residual_TH)
+        y_TH = _outer(hidden_TF, h_TR, down, bs, residual_TH, behind)
         return like(y_TH, token)
 
     @staticmethod
@@ -399,7 +422,8 @@ def lora_mlp(
     group = (gate, up, down)
     seeds = (draw_seed(), draw_seed()) if dropout > 0 else (0, 0)
     late = dropout == 0 and _has_small_adapters(group) and gated_lora.takes(x)
-    settings = Activation(activation, late), dropout, seeds, constants_of(group)
+    rooms = Rooms(beside=(down.beside,)) if late and down.beside is not None else None
+    settings = Activation(activation, late, room_for(rooms)), dropout, seeds, constants_of(group)
     tokens = x.numel() // max(x.shape[-1], 1)
     width = max(*widths, 0) or _USUAL_WIDTH * x.shape[-1]
     rows = _slice_rows(tokens, width, x.element_size(), slice_bytes)
@@ -410,4 +434,5 @@ def lora_mlp(
     token, hidden, *h = _LoRAMLP.apply(x, *settings, *tensors)
     of_down = tensors_of([down])
     low = h[0] if h else None
-    return _Down.apply(token, residual, constants_of([down]), hidden, low, *of_down)
+    given = constants_of([down]), settings[0].behind, hidden, low
+    return _Down.apply(token, residual, *given, *of_down)

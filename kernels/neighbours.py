@@ -17,18 +17,18 @@ from torch import Tensor
 
 @dataclass
 class Gap:
-    """Free columns behind gradients that lie side by side, and who made them: from the layer that
-    makes these to the layers before it."""
+    """Free columns behind matrices that lie side by side, and who made them: from the layer that
+    makes these to whoever takes them (gradients on the way back, inputs on the way there)."""
 
     columns: int
     _memory: int = 0
 
     def is_behind(self, made: Tensor) -> None:
-        """The last columns of this matrix are free, those before it are the gradients."""
+        """Columns behind this one's, or its own last ones, are free; those before are the parts."""
         self._memory = _memory(made)
 
     def behind(self, parts: Sequence[Tensor]) -> Tensor | None:
-        """The free columns [T, columns], if the parts are the gradients; once."""
+        """The free columns [T, columns], if these are the parts; once."""
         memory, self._memory = self._memory, 0
         mine = self.columns and memory and _memory(parts[0]) == memory
         joint = columns_of_one(parts) if mine else None

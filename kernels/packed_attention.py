@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from regrow.kernels import cudnn_attention
+from regrow.kernels.neighbours import Gap
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _Options:
     causal: bool
     sliding_window: int | None
     softcap: float | None
+    behind: Gap | None
 
     @property
     def window(self) -> tuple[int, int]:
@@ -67,6 +69,7 @@ def packed_attention(
     softcap: float | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    behind: Gap | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v inside each example; returns [T, N, H] in the dtype of q.
 
@@ -77,6 +80,7 @@ def packed_attention(
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
         cu_seqlens_k, max_seqlen_k: the same of keys, where they are more than the queries: the
             queries are then the last ones of each example.
+        behind: room that may be left behind each token's result; not every backend does.
 
     Raises:
         ValueError: when shapes or options do not fit together.
@@ -92,6 +96,7 @@ def packed_attention(
         causal,
         sliding_window,
         softcap if capped else None,
+        behind,
     )
     return attend(q_TNH, k_SKH, v_SKH, cu_seqlens, options)
 
@@ -297,18 +302,22 @@ def _cudnn(
     """Causal attention of whole rows; FlashAttention 2 has the rest."""
     plain = options.causal and options.sliding_window is None
     whole = options.cu_seqlens_k is cu_seqlens
-    sizes = len(cu_seqlens) - 1, options.max_seqlen, options.scale
-    if (
-        not (plain and whole)
-        or torch.compiler.is_compiling()
-        or cudnn_attention.why_not_here(q_TNH, k_SKH, *sizes)
-    ):
+    longest, scale, behind = options.max_seqlen, options.scale, options.behind
+    sizes = len(cu_seqlens) - 1, longest, scale
+    here = plain and whole and not torch.compiler.is_compiling()
+    room = 0 if behind is None else behind.columns
+    if here and room and cudnn_attention.why_not_here(q_TNH, k_SKH, *sizes, room):
+        room = 0
+    if not here or cudnn_attention.why_not_here(q_TNH, k_SKH, *sizes, room):
         name, flash_2 = _flash_2()
         _USED.add(name)
         return flash_2(q_TNH, k_SKH, v_SKH, cu_seqlens, options)
     _USED.add("cudnn")
-    longest, scale = options.max_seqlen, options.scale
-    return cudnn_attention.cudnn_attention(q_TNH, k_SKH, v_SKH, cu_seqlens, longest, scale)
+    given = q_TNH, k_SKH, v_SKH, cu_seqlens, longest, scale
+    out_TNH = cudnn_attention.cudnn_attention(*given, room)
+    if behind is not None and room:
+        behind.is_behind(out_TNH)
+    return out_TNH
 
 
 def _flash_attn_2(

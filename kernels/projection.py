@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regrow.kernels.dropout import seeded_dropout
 from regrow.kernels.float8 import Float8Weight, dequantize
+from regrow.kernels.joint_product import COLUMNS, Beside
 from regrow.kernels.neighbours import Gap, rows_of_one
 from regrow.kernels.nf4 import Nf4Weight, dequantize_below
 
@@ -35,6 +36,8 @@ class Projection:
     bias: Tensor | None = None  # [O]
     rounded: Tensor | None = None  # weight in the dtype of x, where its owner keeps it so
     room: Tensor | None = None  # [R, I] right behind the weight, which anyone may write to
+    low: tuple[Tensor, Tensor] | None = None  # a and b in the dtype of x, where someone keeps them
+    beside: Beside | None = None  # room right beside the weight, for b
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] as the products take it."""
@@ -42,9 +45,25 @@ class Projection:
             return self.rounded
         return dense(self.weight, dtype)
 
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(a, b) as the products take them; None without an adapter."""
+        if self.a is None or self.b is None:
+            return None
+        if self.low is not None and self.low[0].dtype == dtype:
+            return self.low
+        return self.a.to(dtype), self.b.to(dtype)
+
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What memory there is next to the frozen weights of layers of one input."""
+
+    below: Tensor | None = None  # [R, I] right behind the last weight
+    beside: tuple[Beside, ...] = ()  # of each weight
 
 
 Drop = tuple[float, int]  # probability and seed of the low-rank path's dropout
@@ -76,7 +95,7 @@ def dense(weight: Base, dtype: torch.dtype) -> Tensor:
 
 def below(group: Sequence[Projection], dtype: torch.dtype) -> Projection | None:
     """Their weights, one under the other, as one; None where they would have to be copied."""
-    weights = _held(group)
+    weights = held(group)
     if len(group) == 1:
         return Projection(group[0].weight, rounded=group[0].rounded)
     if all(isinstance(weight, Float8Weight) for weight in weights):
@@ -90,7 +109,7 @@ def below(group: Sequence[Projection], dtype: torch.dtype) -> Projection | None:
     return None if found is None else Projection(found)
 
 
-def _held(group: Sequence[Projection]) -> list[Any]:
+def held(group: Sequence[Projection]) -> list[Any]:
     """What the products take of each weight."""
     return [p.weight if p.rounded is None else p.rounded for p in group]
 
@@ -101,7 +120,7 @@ def below_with_adapters(
     """Their weights and all A below them [sum of O + R, I]; None where there is no such room."""
     if a_RI is None or drop[0] or not _fills_rows(len(a_RI), a_RI.dtype):
         return None
-    weights = _held(group)
+    weights = held(group)
     if all(isinstance(weight, Nf4Weight) for weight in weights):
         joint = dequantize_below(weights, a_RI.dtype, len(a_RI))
         joint[-len(a_RI) :] = a_RI
@@ -112,8 +131,9 @@ def below_with_adapters(
     joint = rows_of_one([*weights, room[: len(a_RI)]])
     if joint is None or joint.dtype != a_RI.dtype or len(room) < len(a_RI):
         return None
-    # Not by `joint`, which has the first weight's count of changes: what was saved is unchanged.
-    room.data[: len(a_RI)] = a_RI
+    if a_RI.data_ptr() != room.data_ptr():
+        # Not by `joint`, which counts changes with the first weight: what was saved is unchanged.
+        room.data[: len(a_RI)] = a_RI
     return joint
 
 
@@ -125,6 +145,13 @@ def gap_for(group: Sequence[Projection], dtype: torch.dtype) -> Gap | None:
         return None
     fits = _fills_rows(ranks, dtype) and (room is None or len(room) >= ranks)
     return Gap(ranks if fits else 0)
+
+
+def room_for(rooms: Rooms | None) -> Gap | None:
+    """Columns to leave behind the inputs of layers that have such rooms, where that is of use."""
+    if rooms is None or not rooms.beside or torch.compiler.is_compiling():
+        return None
+    return Gap(COLUMNS)
 
 
 def check(inputs: int, projection: Projection) -> int:
@@ -153,7 +180,7 @@ def check(inputs: int, projection: Projection) -> int:
 
 # ---- between projections and autograd, which sees a flat list of tensors ----
 
-Constants = tuple[Callable[[], Tensor] | Float8Weight | None, float, Tensor | None, Tensor | None]
+Constants = tuple[Any, ...]
 
 
 def tensors_of(group: Sequence[Projection]) -> list[Any]:
@@ -166,9 +193,14 @@ def tensors_of(group: Sequence[Projection]) -> list[Any]:
 
 
 def constants_of(group: Sequence[Projection]) -> tuple[Constants, ...]:
-    """What of each projection autograd does not see."""
+    """What of each projection autograd does not see: a weight that is no plain tensor, and what
+    `Projection` names behind the bias."""
     return tuple(
-        (None if isinstance(p.weight, Tensor) else p.weight, p.scaling, p.rounded, p.room)
+        (
+            None if isinstance(p.weight, Tensor) else p.weight,
+            p.scaling,
+            *(p.rounded, p.room, p.low, p.beside),
+        )
         for p in group
     )
 
@@ -176,10 +208,10 @@ def constants_of(group: Sequence[Projection]) -> tuple[Constants, ...]:
 def group_of(tensors: Sequence[Any], constants: Sequence[Constants]) -> list[Projection]:
     """The projections again, from `tensors_of` and `constants_of`."""
     group = []
-    for i, (frozen, scaling, rounded, room) in enumerate(constants):
+    for i, (frozen, scaling, *others) in enumerate(constants):
         weight, a, b, bias = tensors[4 * i : 4 * i + 4]
         whole = weight if frozen is None else frozen
-        group.append(Projection(whole, a, b, scaling, bias, rounded, room))
+        group.append(Projection(whole, a, b, scaling, bias, *others))
     return group
 
 

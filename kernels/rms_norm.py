@@ -29,6 +29,7 @@ from regrow.kernels.backend import (
     tl,
     uses_triton,
 )
+from regrow.kernels.neighbours import Gap
 
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: enough loads in flight (kernels/bench)
 _LARGEST_ROW = 32768  # elements a program holds in registers
@@ -55,7 +56,7 @@ def reference(
 
 
 @jit
-def _rms_norm_forward_kernel(x, residual, weight, y, total, rstd, width, eps, offset,
+def _rms_norm_forward_kernel(x, residual, weight, y, y_stride, total, rstd, width, eps, offset,
                              HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -70,7 +71,7 @@ def _rms_norm_forward_kernel(x, residual, weight, y, total, rstd, width, eps, of
     r = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
     w = tl.load(weight + column, mask=seen, other=0.0).to(tl.float32) + offset
     tl.store(rstd + row, r)
-    tl.store(y + place, value * r * w, mask=seen)
+    tl.store(y + row * y_stride + column, value * r * w, mask=seen)
 
 
 @jit
@@ -102,34 +103,46 @@ def _rms_norm_backward_kernel(dy, dtotal, total, weight, rstd, dx, dweight, rows
 # ---- host ----
 
 
+def _with_room(like: Tensor, room: int) -> Tensor:
+    """[..., H], with so many numbers behind each row."""
+    if not room:
+        return torch.empty_like(like)  # no view, which nobody may change in place
+    *sizes, width = like.shape
+    return like.new_empty(*sizes, width + room)[..., :width]
+
+
 def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def _fake_forward(x, residual, weight, eps, offset):
+def _fake_forward(x, residual, weight, eps, offset, room):
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return torch.empty_like(x), total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return _with_room(x, room), total, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @custom_op(
     "rms_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor weight, float eps, float offset)"
+    "(Tensor x, Tensor? residual, Tensor weight, float eps, float offset, int room)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 def _forward(
-    x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, offset: float, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, x + residual or [0], 1 / root mean square per row), of contiguous [..., H]."""
+    """(y, x + residual or [0], 1 / root mean square per row), of contiguous [..., H].
+
+    Args:
+        room: so many numbers behind each row of y are free.
+    """
     width = x.shape[-1]
-    y = torch.empty_like(x)
+    y = _with_room(x, room)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     block = next_power_of_2(width)
     if x.numel():
         _rms_norm_forward_kernel[(rstd.numel(),)](
-            x, x if residual is None else residual, weight_H, y, total, rstd, width, eps, offset,
-            residual is not None, block, num_warps=_warps(block),
+            x, x if residual is None else residual, weight_H, y, width + room, total, rstd, width,
+            eps, offset, residual is not None, block, num_warps=_warps(block),
         )  # fmt: skip
     return y, total, rstd
 
@@ -170,9 +183,11 @@ def _backward(
 # ---- autograd ----
 
 
-def _normed(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, offset: float) -> Tensor:
+def _normed(
+    ctx: Any, x: Tensor, weight_H: Tensor, eps: float, offset: float, room: int = 0
+) -> Tensor:
     """The norm of contiguous x; what its gradients need is kept."""
-    y, _, rstd = _forward(x, None, weight_H, eps, offset)
+    y, _, rstd = _forward(x, None, weight_H, eps, offset, room)
     ctx.save_for_backward(x, weight_H, rstd)
     ctx.offset = offset
     return y
@@ -193,27 +208,30 @@ class _RMSNorm(torch.autograd.Function):
 
 class _RMSNormBeside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_H, eps, offset):
+    def forward(ctx, x, weight_H, eps, offset, behind):
         x = x.contiguous()
         ctx.set_materialize_grads(False)
-        return _normed(ctx, x, weight_H, eps, offset), x
+        y = _normed(ctx, x, weight_H, eps, offset, behind.columns if behind else 0)
+        if behind is not None:
+            behind.is_behind(y)
+        return y, x
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         dy, dx = grad_outputs
         if dy is None:
-            return dx, None, None, None
+            return dx, *(None,) * 4
         wants = ctx.needs_input_grad[1]
         dx = None if dx is None else dx.contiguous()
         dx, dweight = _backward(dy.contiguous(), dx, *ctx.saved_tensors, ctx.offset, wants)
-        return dx, dweight if wants else None, None, None
+        return dx, dweight if wants else None, *(None,) * 3
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight_H, eps, offset):
         x, residual = x.contiguous(), residual.contiguous()
-        y, total, rstd = _forward(x, residual, weight_H, eps, offset)
+        y, total, rstd = _forward(x, residual, weight_H, eps, offset, 0)
         ctx.save_for_backward(total, weight_H, rstd)
         ctx.offset = offset
         return y, total
@@ -244,9 +262,12 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0) ->
 
 
 def rms_norm_beside(
-    x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0
+    x: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0, behind: Gap | None = None
 ) -> tuple[Tensor, Tensor]:
     """(norm of x, x), for an x [..., H] that goes on: its two gradients are added in one pass.
+
+    Args:
+        behind: room that may be left behind each row of the norm.
 
     Raises:
         ValueError: when the weight does not fit.
@@ -254,7 +275,7 @@ def rms_norm_beside(
     _check(x, weight_H)
     if not _fits(x, weight_H):
         return reference(x, weight_H, eps, offset=offset)[0], x
-    return _RMSNormBeside.apply(x, weight_H, eps, offset)
+    return _RMSNormBeside.apply(x, weight_H, eps, offset, behind)
 
 
 def add_rms_norm(

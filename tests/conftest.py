@@ -14,7 +14,21 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# The longest files of `make slow`, which begin first, so that nobody waits for one of them alone at
+# the end. Beside the demo, which needs both cores, are those that wait for servers.
+LONGEST = (
+    *("test_demo.py", "test_platform.py", "test_faults.py", "test_parallel_matrix.py"),
+    *("test_kill.py", "test_ray.py", "test_interrupt.py", "test_attempts.py"),
+    *("test_adapters_divided.py", "test_kills_s3.py", "test_browser_form.py"),
+    *("test_two_machines.py", "test_node.py", "test_no_network.py", "test_prepare_kills.py"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, in the order of LONGEST."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

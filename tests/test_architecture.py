@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("configs", "flows", "infra", "kernels", "tasks")
 MAY_IMPORT = {
@@ -145,3 +147,8 @@ def test_plan_does_not_load_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_a_file_that_begins_first_is_one(name):
+    assert len(list((ROOT / "tests").rglob(name))) == 1

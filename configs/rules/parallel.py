@@ -163,13 +163,9 @@ def divided_layers_are_sharded_in_groups(recipe: Recipe, given: frozenset[str]) 
     if recipe.load_in_4bit:
         remedy = "Remove `fsdp_config`: all processes then divide the layers"
         yield key, "FSDP2 cannot shard the divided layers of a quantized base", remedy
-    for name, asked in (
-        ("offload_params", config.offload_params),
-        ("auto_wrap_policy", config.auto_wrap_policy == "SIZE_BASED_WRAP"),
-    ):
-        if asked:
-            why = "Transformers lays out FSDP2 beside tensor_parallel_size, without this"
-            yield ("fsdp_config", name), why, "Remove it, or tensor_parallel_size"
+    if config.offload_params:
+        why = "Transformers lays out FSDP2 beside tensor_parallel_size, without this"
+        yield ("fsdp_config", "offload_params"), why, "Remove it, or tensor_parallel_size"
 
 
 _OF_WHOLE_LAYERS = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from regrow.kernels.neighbours import Gap
 from regrow.kernels.packed_attention import packed_attention
 from regrow.tasks.modeling.context_parallel import ContextParts
 
@@ -47,9 +48,12 @@ def packed_attention_forward(
     max_length_q: int | None = None,
     cu_seq_lens_k: Tensor | None = None,
     context_parts: ContextParts | None = None,
+    behind: Gap | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function Transformers calls in each layer; returns ([1, T, N, H], None).
+
+    `behind` is that of `packed_attention`, from a layer of ours.
 
     Raises:
         ValueError: for a call that packed attention cannot serve exactly.
@@ -61,12 +65,7 @@ def packed_attention_forward(
         )
     if attention_mask is not None and not _says_nothing(attention_mask):
         raise ValueError(f"attention {NAME!r} takes no attention_mask; cu_seq_lens_q replaces it")
-    if dropout:
-        raise ValueError(
-            f"the model asks for attention dropout {dropout}, which {NAME!r} does not have; "
-            "set it to 0 in the model's config.json"
-        )
-    _check_other_arguments(kwargs)
+    _check_other_arguments(dropout, kwargs)
     query, key, value = _in_autocast_dtype(query_1NTH, key_1KTH, value_1KTH)
     # Not x[0], whose gradient is a tensor of zeros that the gradient is copied into.
     q_TNH, k_TKH, v_TKH = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -80,6 +79,7 @@ def packed_attention_forward(
         assert cu_seq_lens_k is not None
         out_TNH = context_parts.attend(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, cu_seq_lens_k, **options)
     else:
+        options["behind"] = behind
         out_TNH = packed_attention(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q, **options)
     return out_TNH.unsqueeze(0), None
 
@@ -102,7 +102,12 @@ def _says_nothing(attention_mask: Tensor) -> bool:
     return attention_mask.ndim == 4 and not attention_mask.numel()
 
 
-def _check_other_arguments(given: dict[str, Any]) -> None:
+def _check_other_arguments(dropout: float, given: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"the model asks for attention dropout {dropout}, which {NAME!r} does not have; "
+            "set it to 0 in the model's config.json"
+        )
     for name in _REFUSED:
         if given.get(name) is not None:
             raise ValueError(f"attention {NAME!r} has no {name!r}, which this model needs")

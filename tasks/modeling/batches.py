@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 IGNORED = -100
 """The label of a token that is not learnt (torch's `ignore_index` default)."""
@@ -14,6 +15,16 @@ IGNORED = -100
 SUPERVISED_ROWS = "supervised_rows"
 """Key of the positions whose next token is learnt: what the loss head multiplies."""
 
+LAST_ROWS = "last_layer_rows"
+"""Key of the positions that the last layer must give: sorted, those of `SUPERVISED_ROWS` among
+them. Not there where it had better give all."""
+
+# Few enough sizes that kernels and the allocator see the same ones again, and a multiple of the
+# depth of cuBLAS's tiles, as in `regrow.tasks.train.loader`.
+_ROW_MULTIPLE = 64
+# What is taken of attention's result is kept beside it. The rest of the layer keeps 2 I + 2 H of
+# each row: an eighth of the rows less pays for 7/8 H where I >= 2.5 H (Llama-2-7B has 2.7 H).
+_MOST_TAKEN = 7 / 8
 _DUMMY_TOKENS = 8  # of a batch without rows; any small number does, 8 keeps kernels aligned
 
 
@@ -37,11 +48,10 @@ def flatten(
     """The rows, one after the other, as the keyword arguments of a Transformers model.
 
     Returns `input_ids`, `labels` and `position_ids` as int64 [1, T]; `cu_seq_lens_q` and
-    `cu_seq_lens_k` as int32 [examples + 1]; `max_length_q` and `max_length_k` as int;
-    `supervised_rows`, int64: positions whose next token is learnt, found here so that no device
-    need be waited for. Labels are not shifted (the model does that). Padding up to `pad_to` tokens,
-    or to a multiple of `multiple_of`, is one more segment without labels. No rows at all give a
-    short batch of padding: a loss of zero with zero gradients.
+    `cu_seq_lens_k` as int32 [examples + 1]; `max_length_q` and `max_length_k` as int; and what
+    `rows_to_learn` gives. Labels are not shifted (the model does that). Padding up to `pad_to`
+    tokens, or to a multiple of `multiple_of`, is one more segment without labels. No rows at all
+    give a short batch of padding: a loss of zero with zero gradients.
 
     Raises:
         ValueError: when the rows hold more than `pad_to` tokens.
@@ -71,8 +81,23 @@ def flatten(
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
-        SUPERVISED_ROWS: torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
-    }
+    } | rows_to_learn(torch.from_numpy(np.append(labels[1:], IGNORED)))
+
+
+def rows_to_learn(targets_T: Tensor) -> dict[str, Tensor]:
+    """`supervised_rows`, int64: positions whose next token is learnt, and `last_layer_rows`.
+
+    They are found here, on the host, so that no device need be waited for. The last layer's rows
+    are the supervised ones and as many of the first others as make up a multiple of 64.
+    """
+    learnt_T = targets_T != IGNORED
+    found = {SUPERVISED_ROWS: learnt_T.nonzero()[:, 0]}
+    supervised = len(found[SUPERVISED_ROWS])
+    more = -supervised % _ROW_MULTIPLE
+    if supervised > 0 and supervised + more <= _MOST_TAKEN * len(targets_T):
+        learnt_T[(~learnt_T).nonzero()[:more, 0]] = True
+        found[LAST_ROWS] = learnt_T.nonzero()[:, 0]
+    return found
 
 
 def _padding(tokens: int, pad_to: int | None, multiple_of: int) -> int:

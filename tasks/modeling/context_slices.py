@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.tasks.modeling.batches import IGNORED, SUPERVISED_ROWS
+from regrow.tasks.modeling.batches import IGNORED, rows_to_learn
 
 CONTEXT_PARTS = "context_parts"
 """Key of what a slice's chunks are to attention: for each of the two (segments, first key, end of
@@ -31,7 +31,7 @@ def tokens_multiple(processes: int, multiple_of: int) -> int:
 def slice_batch(batch: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
     """One process's slice of what `regrow.tasks.modeling.batches.flatten` gave.
 
-    `input_ids`, `position_ids`, `supervised_rows` and `TOKEN_LENGTHS` are of the slice. Labels are
+    `input_ids`, `position_ids`, `TOKEN_LENGTHS` and the rows to learn are of the slice. Labels are
     shifted before cutting, since the token to predict may be another process's: `shift_labels`
     [1, T] are the targets, and `labels` [1, T + 1] the same behind one that is ignored, so that
     shifting them gives the targets. `cu_seq_lens_q` and `cu_seq_lens_k` are those of the first
@@ -61,9 +61,8 @@ def slice_batch(batch: dict[str, Any], rank: int, processes: int) -> dict[str, A
         "max_length_q": max(place[3] for _, _, place in parts),
         "max_length_k": max(place[4] for _, _, place in parts),
         CONTEXT_PARTS: tuple(place for _, _, place in parts),
-        SUPERVISED_ROWS: (targets[0] != IGNORED).nonzero().flatten(),
         TOKEN_LENGTHS: here(torch.repeat_interleave(lengths, lengths)[None])[0],
-    }
+    } | rows_to_learn(targets[0])
 
 
 def _part(bounds: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:

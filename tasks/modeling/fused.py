@@ -11,7 +11,6 @@ Shape legend: T tokens, N query heads, K key heads, D head size, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,19 +20,24 @@ from torch import Tensor, nn
 from regrow.kernels.lora_linear import lora_linear
 from regrow.kernels.lora_mlp import SLICE_BYTES, lora_mlp
 from regrow.kernels.neighbours import Gap
-from regrow.kernels.projection import Projection, gap_for
+from regrow.kernels.projection import Rooms, gap_for, room_for
 from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation
+from regrow.kernels.taken_rows import taken_rows
 from regrow.tasks.modeling.attention import packed_attention_forward
 from regrow.tasks.modeling.families import Family, activation_of, window_of
 from regrow.tasks.modeling.projections import (
     are_ready,
     dropout_of,
     in_compute_dtype,
-    projection_of,
+    projections_of,
 )
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
+
+INPUTS, BELOW, OUTPUT = "inputs", "below", "output"
+"""Layers whose weights may be laid anew: of one input, with room for their B beside them and for
+their A below; of one input, with room below alone; and one whose output goes to the stream."""
 
 
 class FusedNorm(nn.Module):
@@ -45,8 +49,16 @@ class FusedNorm(nn.Module):
         self.eps: float = epsilon_of(norm)
         self.offset = offset
 
-    def forward(self, x: Tensor, stream: Tensor | None = None, *, beside: bool = False) -> Any:
-        """The norm of x [..., H]; with `stream` (norm, sum) of the two; `beside` (norm, x).
+    def forward(
+        self,
+        x: Tensor,
+        stream: Tensor | None = None,
+        *,
+        beside: bool = False,
+        behind: Gap | None = None,
+    ) -> Any:
+        """The norm of x [..., H]; with `stream` (norm, sum) of the two; `beside` (norm, x), the
+        norm perhaps with room `behind` it.
 
         A weight of a wider type widens the norm, as it does in Llama's. Not under autocast, where
         what follows would only bring it back.
@@ -56,7 +68,7 @@ class FusedNorm(nn.Module):
             wide = torch.promote_types(x.dtype, self.weight.dtype)
         how: Any = {"offset": self.offset}
         if wide == x.dtype and beside:
-            return rms_norm_beside(x, self.weight, self.eps, **how)
+            return rms_norm_beside(x, self.weight, self.eps, behind=behind, **how)
         if wide == x.dtype and stream is not None and stream.dtype == x.dtype:
             return add_rms_norm(x, stream, self.weight, self.eps, **how)
         total = x if stream is None else stream + x
@@ -86,11 +98,11 @@ class FusedMLP(nn.Module):
         self._activation = activation
         self.rounded: RoundedWeights | None = None
         self.slice_bytes = SLICE_BYTES
-        self.room: Tensor | None = None
+        self.rooms: dict[str, Rooms] = {}
 
-    def layers_of_one_input(self) -> tuple[nn.Module, ...]:
-        """Whose weights are multiplied at once, where they lie so (`joint_weights`)."""
-        return self.gate_proj, self.up_proj
+    def weights_to_lay(self) -> dict[str, Sequence[nn.Module]]:
+        """Layers whose weights may be laid anew (`joint_weights`), for `rooms`."""
+        return {BELOW: (self.gate_proj, self.up_proj), OUTPUT: (self.down_proj,)}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., H] -> [..., H], to which `residual` is added."""
@@ -101,8 +113,8 @@ class FusedMLP(nn.Module):
         x = in_compute_dtype(x)
         if residual is not None and residual.dtype != x.dtype:
             return residual + self.forward(x)
-        gate, up, down = projections_of(layers, self.rounded, x.dtype)
-        up = up if self.room is None else replace(up, room=self.room)
+        gate, up = projections_of(layers[:2], self.rounded, x.dtype, self.rooms.get(BELOW))
+        (down,) = projections_of(layers[2:], self.rounded, x.dtype, self.rooms.get(OUTPUT))
         with torch.autocast(x.device.type, enabled=False):
             how: Any = {"activation": self._activation, "residual": residual}
             how |= {"dropout": dropout_of(layers), "slice_bytes": self.slice_bytes}
@@ -136,25 +148,23 @@ def fused_linear(
     *layers: nn.Module,
     rounded: RoundedWeights | None = None,
     residual: Tensor | None = None,
+    rooms: Rooms | None = None,
+    behind: Gap | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of layers of one input, with their adapters, as one autograd node.
 
     Args:
         residual: is added to the only output.
+        rooms: next to the weights.
+        behind: room that may be behind x.
     """
     x = in_compute_dtype(x)
     if residual is not None and residual.dtype != x.dtype:
         return (residual + fused_linear(x, *layers, rounded=rounded)[0],)
     with torch.autocast(x.device.type, enabled=False):
-        group = projections_of(layers, rounded, x.dtype)
-        return lora_linear(x, *group, dropout=dropout_of(layers), residual=residual)
-
-
-def projections_of(
-    layers: Sequence[nn.Module], rounded: RoundedWeights | None, dtype: torch.dtype
-) -> list[Projection]:
-    """What the kernels multiply by."""
-    return [projection_of(layer, rounded, dtype) for layer in layers]
+        group = projections_of(layers, rounded, x.dtype, rooms)
+        how: Any = {"dropout": dropout_of(layers), "residual": residual, "behind": behind}
+        return lora_linear(x, *group, **how)
 
 
 class FusedAttention(nn.Module):
@@ -178,7 +188,7 @@ class FusedAttention(nn.Module):
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._offset = family.norm_offset
         self.rounded: RoundedWeights | None = None
-        self.room: Tensor | None = None
+        self.rooms: dict[str, Rooms] = {}
         norm = getattr(attention, "q_norm", None)
         self._eps = 0.0 if norm is None else epsilon_of(norm)
 
@@ -192,10 +202,18 @@ class FusedAttention(nn.Module):
         """Whether adding one to the result costs less here than in the norm after it."""
         return isinstance(self._modules["o_proj"], LoraLayer)
 
-    def layers_of_one_input(self) -> list[nn.Module]:
-        """Whose weights are multiplied at once, where they lie so (`joint_weights`)."""
+    def weights_to_lay(self) -> dict[str, Sequence[nn.Module]]:
+        """Layers whose weights may be laid anew (`joint_weights`), for `rooms`."""
+        children: Any = self._modules
+        return {INPUTS: self._input_layers(), OUTPUT: [children["o_proj"]]}
+
+    def _input_layers(self) -> list[nn.Module]:
         children: Any = self._modules
         return [children[name] for name in self._inputs]
+
+    def room_behind_inputs(self) -> Gap | None:
+        """Columns that whoever makes the inputs should leave behind them."""
+        return room_for(self.rooms.get(INPUTS))
 
     def forward(
         self,
@@ -204,15 +222,19 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         residual: Tensor | None = None,
+        rows: Tensor | None = None,
+        behind: Gap | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [1, T, H]; as Transformers calls an attention layer.
 
         Args:
             residual: is added to the result.
+            rows: those of the result that are wanted, and that `residual` has.
+            behind: room that may be behind `hidden_states`.
         """
         children: Any = self._modules
-        layers = self.layers_of_one_input()
+        layers = self._input_layers()
         output: nn.Module = children["o_proj"]
         packed = past_key_values is None and kwargs.get("cu_seq_lens_q") is not None
         if not packed or not are_ready([*layers, output]):
@@ -223,24 +245,30 @@ class FusedAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+            y = y if rows is None else taken_rows(y, rows)
             return y if residual is None else residual + y, weights
-        turned = self._turned(*self._heads(hidden_states, layers), position_embeddings)
+        turned = self._turned(*self._heads(hidden_states, layers, behind), position_embeddings)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in turned)
         kwargs |= {"sliding_window": self.sliding_window, "softcap": self._softcap}
+        rooms = self.rooms.get(OUTPUT)
+        behind = room_for(rooms) if rows is None else None
         out, _ = packed_attention_forward(
-            self, q, k, v, attention_mask, scaling=self.scaling, **kwargs
+            self, q, k, v, attention_mask, scaling=self.scaling, behind=behind, **kwargs
         )
-        x = out.flatten(2)
-        return fused_linear(x, output, rounded=self.rounded, residual=residual)[0], None
+        x = out.flatten(2) if rows is None else taken_rows(out.flatten(2), rows)
+        how: Any = {"rounded": self.rounded, "residual": residual}
+        return fused_linear(x, output, rooms=rooms, behind=behind, **how)[0], None
 
-    def _heads(self, hidden: Tensor, layers: list[nn.Module]) -> tuple[list[Tensor], Gap | None]:
+    def _heads(
+        self, hidden: Tensor, layers: list[nn.Module], behind: Gap | None
+    ) -> tuple[list[Tensor], Gap | None]:
         """(q [T, N, D], k and v [T, K, D]; what to leave free behind their gradients)."""
         hidden = in_compute_dtype(hidden)
-        group = projections_of(layers, self.rounded, hidden.dtype)
-        group[-1] = group[-1] if self.room is None else replace(group[-1], room=self.room)
+        group = projections_of(layers, self.rounded, hidden.dtype, self.rooms.get(INPUTS))
         gap = gap_for(group, hidden.dtype) if self._rotates and len(group) > 1 else None
         with torch.autocast(hidden.device.type, enabled=False):
-            found = lora_linear(hidden, *group, dropout=dropout_of(layers), gap=gap)
+            how: Any = {"dropout": dropout_of(layers), "gap": gap, "behind": behind}
+            found = lora_linear(hidden, *group, **how)
         if len(found) == 1:  # Phi-3: one matrix for the three
             heads: Any = self.config
             sizes = (heads.num_attention_heads, *2 * (heads.num_key_value_heads,))

@@ -6,6 +6,10 @@ first sum is made in the pass of the second norm. What reaches x on the way back
 from beside it, is added in the pass of that norm's gradient. Of 22 passes over [T, H] a layer 17
 are left, under adapters 16. The layer hands on one tensor as the layer before it did.
 
+Of the last layer only positions whose next token is learnt have a gradient, but for their keys and
+values. Given those rows (`LAST_ROWS`, which `LossHead.listen` lets through), it goes on with them
+alone after attention, and hands on [1, n, H]; the other layers leave that argument unread.
+
 The layer is one of a subclass of its own class, with the same name: Transformers (gradient
 checkpointing, outputs that are recorded) and FSDP (what is wrapped) know it by either.
 """
@@ -17,17 +21,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.kernels.taken_rows import taken_rows
+from regrow.tasks.modeling.batches import LAST_ROWS
 from regrow.tasks.modeling.fused import FusedAttention, FusedMLP, FusedNorm
 
 
 class _WithSums:
     """The forward pass of a layer, in front of its own class."""
 
+    takes_rows = False
+    """Whether it is the last, and the head knows that it may get rows of [1, T, H] only."""
+
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [..., T, H], and by name whatever the layer's attention takes."""
         layer: Any = self
-        normed, stream = layer.input_layernorm(hidden_states, beside=True)
+        rows = kwargs.pop(LAST_ROWS, None)
         attention = layer.self_attn
+        if isinstance(attention, FusedAttention):
+            kwargs["behind"] = attention.room_behind_inputs()
+        behind = kwargs.get("behind")
+        normed, stream = layer.input_layernorm(hidden_states, beside=True, behind=behind)
+        if rows is not None and self.takes_rows:
+            stream, kwargs["rows"] = taken_rows(stream, rows), rows
         if isinstance(attention, FusedAttention) and attention.adds_residual:
             stream, _ = attention(hidden_states=normed, residual=stream, **kwargs)
             normed, stream = layer.post_attention_layernorm(stream, beside=True)
@@ -43,6 +58,12 @@ def takes_sums(layer: Any) -> bool:
     """Whether both norms are ours, and nobody has put another forward pass into the layer."""
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return all(isinstance(norm, FusedNorm) for norm in norms) and "forward" not in vars(layer)
+
+
+def can_take_rows(layer: Any) -> bool:
+    """Whether all that it does after attention is done row by row, and by modules of ours."""
+    ours = isinstance(layer.self_attn, FusedAttention), isinstance(layer.mlp, FusedMLP)
+    return all(ours) and isinstance(layer, _WithSums)
 
 
 def fused_layer(layer: nn.Module) -> nn.Module:

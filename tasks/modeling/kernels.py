@@ -30,7 +30,7 @@ from regrow.tasks.modeling.fused import (
     input_names,
 )
 from regrow.tasks.modeling.fused_experts import FusedExperts, why_not_experts
-from regrow.tasks.modeling.fused_layer import fused_layer, takes_sums
+from regrow.tasks.modeling.fused_layer import can_take_rows, fused_layer, takes_sums
 from regrow.tasks.modeling.loss_head import LossHead, LossTerms
 from regrow.tasks.modeling.projections import same_dropout, why_not
 
@@ -61,7 +61,8 @@ class Swapped:
     """How many modules of each kernel."""
     parts: Counter[str] = field(default_factory=Counter)
     """Of how many attentions the rotary embedding ("rope") and the heads' norms ("qk_norm") run
-    in the kernel too, and of how many layers the sums of the residual stream ("sums")."""
+    in the kernel too, of how many layers the sums of the residual stream ("sums"), and whether the
+    last layer computes supervised rows alone ("last_rows")."""
     left: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """{kernel or class: {why: names of its modules}}."""
     head: LossHead | None = None
@@ -155,6 +156,7 @@ def swap_kernels(
         _note_other_norms(base, family, done)
         if family.sums and whole_layers:
             _swap_layers(base, family, done)
+            _take_last_rows(base, family, done)
     if "attention" in kernels and _takes_made_mask(base.config):
         # On the outermost, as that of the head.
         model.register_forward_pre_hook(skip_mask, with_kwargs=True)
@@ -186,6 +188,16 @@ def _swap_layers(base: nn.Module, family: Family, done: Swapped) -> None:
         if family.kind(layer) == "DecoderLayer" and takes_sums(layer):
             base.set_submodule(name, fused_layer(layer))
             done.parts["sums"] += 1
+
+
+def _take_last_rows(base: nn.Module, family: Family, done: Swapped) -> None:
+    """What neither layer nor head needs of the last layer's rows is left out, where both can."""
+    its = f"{family.prefix}DecoderLayer"  # by name, as layers with sums have theirs
+    layers = [module for module in base.modules() if type(module).__name__ == its]
+    if done.head is not None and layers and can_take_rows(layers[-1]):
+        last: Any = layers[-1]
+        last.takes_rows = done.head.last_layer_takes_rows = True
+        done.parts["last_rows"] = 1
 
 
 def _note_other_norms(base: nn.Module, family: Family, done: Swapped) -> None:

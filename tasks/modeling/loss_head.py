@@ -5,6 +5,10 @@ given, the head here keeps the hidden states and hands on no logits; the loss fu
 cross entropy from them with the head's weight (`regrow.kernels.linear_cross_entropy`). Both are
 called inside the model's forward, where FSDP2 has gathered the weight. Without labels it is the
 head it was.
+
+Where the last layer can, it is told which rows are wanted (`LAST_ROWS`): by an argument of the
+model, that layers computed again later and several forward passes before one backward pass have
+their own. The hidden states are those rows then.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.kernels.linear_cross_entropy import IGNORED, LOGITS_BYTES, linear_cross_entropy
-from regrow.tasks.modeling.batches import SUPERVISED_ROWS
+from regrow.tasks.modeling.batches import LAST_ROWS, SUPERVISED_ROWS
 from regrow.tasks.modeling.projections import in_compute_dtype
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
@@ -46,13 +50,18 @@ class LossHead(nn.Linear):
         self._hidden: Tensor | None = None
         self.rounded: RoundedWeights | None = None
         self.logits_bytes = LOGITS_BYTES
+        self.last_layer_takes_rows = False
 
     def listen(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook, with keywords, of the outermost model: whether labels are given."""
-        self._rows_n = kwargs.get(SUPERVISED_ROWS)
+        kept = {name: x for name, x in kwargs.items() if name not in (SUPERVISED_ROWS, LAST_ROWS)}
+        self._rows_n, last_n = kwargs.get(SUPERVISED_ROWS), kwargs.get(LAST_ROWS)
         self._has_labels = kwargs.get("labels") is not None
         self._hidden = None
-        return args, {name: value for name, value in kwargs.items() if name != SUPERVISED_ROWS}
+        takes = self.last_layer_takes_rows and not torch.compiler.is_compiling()
+        if takes and self._has_labels and last_n is not None:
+            kept[LAST_ROWS] = last_n
+        return args, kept
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits; while labels are given none at all: [..., 0, V]."""
@@ -67,15 +76,18 @@ class LossHead(nn.Linear):
         labels: Tensor,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
+        last_layer_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """What a model's `loss_function` is called with; the mean over items, float32 []."""
         assert self._hidden is not None, "the head was not called"
         assert not isinstance(self.weight, DTensor), "the head's weight is not gathered"
         hidden, self._hidden = in_compute_dtype(self._hidden), None
-        # Of a slice of a row the labels are one more, see `context_slices`.
-        end = 1 + hidden.shape[-2]
-        targets_N = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:end].flatten()
+        targets_N = _targets(labels, hidden.shape[-2], last_layer_rows)
+        rows_n = self._rows_n
+        if last_layer_rows is not None:
+            assert rows_n is not None, "the rows of the last layer come with the supervised ones"
+            rows_n = torch.searchsorted(last_layer_rows, rows_n)
         terms = self._terms if self.training else LossTerms()
         keeps = self.weight.dtype in (hidden.dtype, torch.float32)  # its gradient's type, too
         with torch.autocast(hidden.device.type, enabled=False):
@@ -84,10 +96,18 @@ class LossHead(nn.Linear):
                 self.weight if keeps else self.weight.to(hidden.dtype),
                 targets_N,
                 rounded_VH=self.rounded and self.rounded.of(self.weight, hidden.dtype),
-                rows_n=self._rows_n,
+                rows_n=rows_n,
                 normalizer=num_items_in_batch,
                 softcap=self._softcap,
                 label_smoothing=terms.label_smoothing,
                 z_loss=terms.z_loss,
                 logits_bytes=self.logits_bytes,
             )
+
+
+def _targets(labels: Tensor, tokens: int, rows_n: Tensor | None) -> Tensor:
+    """int64 [N]: the token that each hidden state should give; `rows_n`: where they stand."""
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    if rows_n is not None:
+        return targets.flatten().index_select(0, rows_n)
+    return targets[..., :tokens].flatten()  # of a slice of a row the labels are one more

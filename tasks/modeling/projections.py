@@ -7,6 +7,7 @@ find every parameter where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.kernels import nf4
-from regrow.kernels.projection import Projection
+from regrow.kernels.projection import Projection, Rooms
 from regrow.tasks.modeling.float8 import Float8Linear
 from regrow.tasks.modeling.rounded_weights import RoundedWeights
 
@@ -78,6 +79,50 @@ def _is_ready(layer: Any) -> bool:
     if isinstance(base.weight, DTensor):
         return False
     return not _is_4bit(base) or _quant_state(base) is not None
+
+
+def projections_of(
+    layers: Sequence[nn.Module],
+    rounded: RoundedWeights | None,
+    dtype: torch.dtype,
+    rooms: Rooms | None = None,
+) -> list[Projection]:
+    """What the kernels multiply an input by.
+
+    Args:
+        rounded: keeps weights and adapters in `dtype`, where that is not their own.
+        rooms: next to the weights, where `joint_weights` has laid them so.
+    """
+    group = [projection_of(layer, rounded, dtype) for layer in layers]
+    rooms = rooms or Rooms()
+    if rounded is not None:
+        group = _with_low(group, rounded, dtype, rooms.below)
+    if rooms.beside:
+        group = [replace(p, beside=b) for p, b in zip(group, rooms.beside, strict=True)]
+    if rooms.below is None:
+        return group
+    return [*group[:-1], replace(group[-1], room=rooms.below)]
+
+
+def _with_low(
+    group: list[Projection], rounded: RoundedWeights, dtype: torch.dtype, room: Tensor | None
+) -> list[Projection]:
+    """Adapters in `dtype` too: all A one under the other, and all B where their ranks are one."""
+    adapted = [(p.a, p.b) for p in group if p.a is not None and p.b is not None]
+    if len(adapted) != len(group):
+        return group
+    low_a = rounded.below([a for a, _ in adapted], dtype, room)
+    if low_a is None:
+        return group
+    if len({len(a) for a, _ in adapted}) == 1:
+        low_b = rounded.below([b for _, b in adapted], dtype)
+    else:
+        low_b = [rounded.of(b, dtype) for _, b in adapted]
+    if low_b is None or any(b is None for b in low_b):
+        return group
+    return [
+        replace(p, low=(a, b)) for p, a, b in zip(group, low_a, low_b, strict=True) if b is not None
+    ]
 
 
 def projection_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,66 +31,62 @@ def save_trained(
     Args:
         best: what was kept of the best validation, where that is the result.
     """
-    is_first = trainer.args.process_index == 0
+    engine, is_first = trainer.engine, trainer.args.process_index == 0
     if is_first:
         job.out.mkdir(parents=True, exist_ok=True)
     with whole_model_loading(trainer.args):
-        save = _save_adapter if job.spec.adapter else _save_model
+        weights = engine.whole_weights(frozen=job.spec.adapter is None)
+        if not is_first:
+            _only_gather(weights, engine)
+            return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save(model, trainer.engine, job, trained, best, is_first)
+        save = _save_adapter if job.spec.adapter else _save_model
+        save(_Result(job, model, weights, engine.is_sharded(), trained, best))
 
 
-def _save_adapter(
-    model: Any,
-    engine: Engine,
-    job: WorkerJob,
-    trained: TrainedModel,
-    best: KeepBest | None,
-    is_first: bool,
-) -> None:
-    weights = engine.whole_weights()
-    if not is_first:
-        _only_gather(weights, engine)
-        return
-    if engine.is_sharded():
-        model = _built_anew(job, weights)
-    if best:
-        best.restore(model)
+@dataclass(frozen=True)
+class _Result:
+    """What the first rank has at the end."""
+
+    job: WorkerJob
+    model: Any
+    weights: Iterable[tuple[str, Tensor]]
+    """Whole ones; gathered as they are asked for."""
+    sharded: bool
+    trained: TrainedModel
+    best: KeepBest | None
+
+    def whole_model(self) -> Any:
+        """The trained model, or the best, in the host's memory if it was divided."""
+        model = _built_anew(self.job, self.weights) if self.sharded else self.model
+        if self.best:
+            self.best.restore(model)
+        return model
+
+
+def _save_adapter(result: _Result) -> None:
+    model, trained, out = result.whole_model(), result.trained, result.job.out
     if trained.rounds:
         trained.rounds.finish()
-        save_rounds(trained.rounds, job.out)
+        save_rounds(trained.rounds, out)
     else:
-        save_adapter(model, job.out, trained.first_values)
+        save_adapter(model, out, trained.first_values)
 
 
-def _save_model(
-    model: Any,
-    engine: Engine,
-    job: WorkerJob,
-    trained: TrainedModel,
-    best: KeepBest | None,
-    is_first: bool,
-) -> None:
+def _save_model(result: _Result) -> None:
     """One weight after the other, where the model's files allow that."""
-    weights = engine.whole_weights(frozen=True)
-    if not is_first:
-        _only_gather(weights, engine)
-        return
+    job, model, best = result.job, result.model, result.best
     why_not = why_not_streamed(model)
     if why_not:
         logger.info("all weights are put together in memory before they are stored: %s", why_not)
-        if engine.is_sharded():
-            model = _built_anew(job, weights)
-        if best:
-            best.restore(model)
+        model = result.whole_model()
     align_special_ids(model, load_tokenizer(job.prepared / "tokenizer"))
     if why_not:
-        save_model(model, job.out, DTYPES[job.spec.dtype], trained.use_cache)
+        save_model(model, job.out, DTYPES[job.spec.dtype], result.trained.use_cache)
     else:
-        model.config.use_cache = trained.use_cache
-        save_streamed(
-            model, best.in_place_of(weights) if best else weights, job.out, job.spec.dtype
-        )
+        model.config.use_cache = result.trained.use_cache
+        weights = best.in_place_of(result.weights) if best else result.weights
+        save_streamed(model, weights, job.out, job.spec.dtype)
 
 
 def _only_gather(weights: Iterable[tuple[str, Tensor]], engine: Engine) -> None:

@@ -6,9 +6,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from regrow.infra.beside import beside
 from regrow.infra.device_files import Devices
 from regrow.infra.launch import WorkerFailed, free_port
 from regrow.infra.nodes import Nodes
@@ -72,19 +74,15 @@ class FirstMachine:
         except StageError:
             self._meeting.tell_failure(number)  # those that are ready wait for us
             raise
-        stop, done = threading.Event(), threading.Event()
-        watcher = threading.Thread(target=self._meeting.watch, args=(number, stop, done))
-        watcher.start()
-        try:
-            run_ranks(job, on_line, log, call.nodes(0), stop)
-        except WorkerFailed as failure:
-            self._meeting.tell_failure(number)
-            ends = self._last_words(number)
-            keep_files(ends, job.work)
-            raise most_telling([failure, *failures(ends, log)]) from failure
-        finally:
-            done.set()
-            watcher.join()
+        stop = threading.Event()
+        with beside(partial(self._meeting.watch, number, stop), "meeting"):
+            try:
+                run_ranks(job, on_line, log, call.nodes(0), stop)
+            except WorkerFailed as failure:
+                self._meeting.tell_failure(number)
+                ends = self._last_words(number)
+                keep_files(ends, job.work)
+                raise most_telling([failure, *failures(ends, log)]) from failure
 
     def close(self, why: str) -> None:
         """See `Machines.close`."""

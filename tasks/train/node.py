@@ -16,8 +16,10 @@ import sys
 import tempfile
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 
+from regrow.infra.beside import beside
 from regrow.infra.nodes import Nodes, nodes_here
 from regrow.infra.settings import load_settings
 from regrow.tasks.stage import StageError
@@ -73,21 +75,18 @@ def _take_part(
     meeting: Meeting, attempt: int, call: Call, job: WorkerJob, rank: int, logs: Path
 ) -> None:
     logger.info("training begins: %d machines, attempt %d", call.machines, attempt + 1)
-    stop, done = threading.Event(), threading.Event()
-    watcher = threading.Thread(target=meeting.watch, args=(attempt, stop, done), daemon=True)
-    watcher.start()
-    try:
-        ended = take_part(call, rank, job, logger.info, logs / f"train-machine-{rank}.log", stop)
-    except KeyboardInterrupt:
-        with contextlib.suppress(Lost):  # machine 0 may be told to stop at the same moment
-            meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
-        raise
-    except Exception as error:  # machine 0 would wait for an end that never comes
-        logger.exception("this machine's part failed")
-        ended = Ended(failure_of(f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
-    finally:
-        done.set()
-        watcher.join()
+    stop, log = threading.Event(), logs / f"train-machine-{rank}.log"
+    with beside(partial(meeting.watch, attempt, stop), "meeting"):
+        try:
+            ended = take_part(call, rank, job, logger.info, log, stop)
+        except KeyboardInterrupt:
+            with contextlib.suppress(Lost):  # machine 0 may be told to stop at the same moment
+                meeting.tell_end(attempt, Ended(failure_of("it was told to stop", "SIGTERM")))
+            raise
+        except Exception as error:  # machine 0 would wait for an end that never comes
+            logger.exception("this machine's part failed")
+            told = f"{type(error).__name__}: {error}"
+            ended = Ended(failure_of(told, trace=traceback.format_exc()))
     meeting.tell_end(attempt, ended)
     shutil.rmtree(job.work, ignore_errors=True)
 

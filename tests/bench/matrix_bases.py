@@ -11,35 +11,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-VOCABULARY = 97
+from tests.tasks.train.tiny_models import VOCABULARY, tiny_mixtral, write_llama
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
+_WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
 
 
 def write_model(out: Path) -> Path:
     """A random Llama, 2 layers of 64."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=True)).save_pretrained(out)
-    return out
+    return write_llama(out, **_WIDE)
 
 
 def write_mixture(out: Path) -> Path:
     """A random Mixtral, 2 layers of 64, two of its 4 experts for each token."""
-    torch.manual_seed(0)
-    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    config = MixtralConfig(**_SHAPE, **experts, sliding_window=None)
-    MixtralForCausalLM(config).save_pretrained(out)
+    tiny_mixtral(**_WIDE).save_pretrained(out)
     return out
 
 
@@ -47,11 +32,8 @@ def _store_quantized(
     out: Path, settings: dict[str, Any], store: Callable[[torch.Tensor], dict[str, torch.Tensor]]
 ) -> Path:
     """A random Llama, 2 layers of 128, its linear layers as `store` gives their parts."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
-    config = LlamaConfig(**_SHAPE | sizes, tie_word_embeddings=True)
-    config.quantization_config = settings
-    LlamaForCausalLM(config).save_pretrained(out)
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
+    write_llama(out, **sizes, num_key_value_heads=4, quantization_config=settings)
     stored = load_file(out / "model.safetensors")
     for name in [name for name in stored if "_proj" in name]:
         layer = name.removesuffix("weight")

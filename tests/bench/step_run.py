@@ -102,6 +102,8 @@ class Clock:
         self._cuda = not w.tiny
         self.marks: list[Any] = []
         self.peaks = (0.0, 0.0)
+        self.retries = 0
+        """How often torch had to give memory back, and wait for it, to get some."""
         self.profile: Any = None
         self.waits: Any = None
         self.watch: Any = None
@@ -130,6 +132,7 @@ class Clock:
         if self._cuda and done == w.warmup:
             cuda.synchronize()
             cuda.reset_peak_memory_stats()
+            self.retries = -cuda.memory_stats()["num_alloc_retries"]
             self.watch = Watch() if w.watch else None
         if done == w.warmup + w.timed:
             self._end_timing()
@@ -151,6 +154,7 @@ class Clock:
         if self._cuda:
             cuda.synchronize()
             self.peaks = (cuda.max_memory_allocated(), cuda.max_memory_reserved())
+            self.retries += cuda.memory_stats()["num_alloc_retries"]
             self.watch = self.watch and self.watch.end()
 
     def _open_profile(self) -> None:
@@ -244,6 +248,7 @@ def figures(
         "mfu": round(flops * rate / whole["tokens"] / PEAK, 4),
         "alloc_gib": round(clock.peaks[0] / 2**30, 2),
         "reserved_gib": round(clock.peaks[1] / 2**30, 2),
+        "alloc_retries": clock.retries,
         "fill": round(whole["tokens"] / (w.rows * w.timed * w.seq), 3),
         "trainable": result["trainable_parameters"],
         "kernels": result["timing"]["kernels"],

@@ -556,12 +556,10 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
                 "tensor_parallel_size",
                 "layers of a quantized base",
             ),
-            *(
-                (f"fsdp_config: {{{name}: {value}}}", f"fsdp_config.{name}", "without this")
-                for name, value in (
-                    ("offload_params", "true"),
-                    ("auto_wrap_policy", "SIZE_BASED_WRAP, min_num_params: 9"),
-                )
+            (
+                "fsdp_config: {offload_params: true}",
+                "fsdp_config.offload_params",
+                "without this",
             ),
         )
     ],
@@ -753,10 +751,11 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "lists_of_layers_are_not_gathered": [
         (
-            "fsdp_config: {auto_wrap_policy: SIZE_BASED_WRAP, min_num_params: 9}",
+            f"{more}fsdp_config: {{auto_wrap_policy: SIZE_BASED_WRAP, min_num_params: 9}}",
             "fsdp_config.auto_wrap_policy",
             "gather the list of all layers",
-        ),
+        )
+        for more in ("", "tensor_parallel_size: 2\nnum_processes: 4\n")
     ],
     "muon_sees_whole_matrices": [
         ("optimizer: muon\ndeepspeed: zero2.json", "optimizer", "flattens the matrices"),

@@ -140,6 +140,11 @@ CASES: dict[str, list[tuple[str, list[str], str]]] = {
         ),
         (FSDP + "min_num_params: 9}", ["fsdp_config.min_num_params"], "does not use it"),
         (
+            "fsdp_config: {min_num_params: 9}",
+            ["fsdp_config.min_num_params"],
+            "`auto_wrap_policy: TRANSFORMER_BASED_WRAP` does not use it",
+        ),
+        (
             "fsdp_config: {state_dict_type: FULL_STATE_DICT}",
             ["fsdp_config.state_dict_type"],
             "always sharded",

@@ -11,6 +11,7 @@ from regrow.kernels.projection import Projection
 from regrow.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_beside
 from regrow.kernels.rope import rope
 from regrow.kernels.swiglu import gated_activation
+from regrow.kernels.taken_rows import taken_rows
 
 TOKENS, SIZE, COLUMNS = 10, 8, 19
 ROWS = torch.tensor([1, 2, 5, 9])
@@ -60,6 +61,7 @@ OPS = {
     "add_rms_norm": lambda x, w: torch.cat(add_rms_norm(x, x * 2, w[0], 1e-5)),
     "rope": turned,
     "gated_activation": lambda x, w: gated_activation(x, x.flip(-1) * w[0]),
+    "taken_rows": lambda x, w: taken_rows((x * w[0])[None], ROWS.to(x.device)),
 }
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regrow.kernels import cudnn_attention as ours
 from regrow.kernels import packed_attention as backends
+from regrow.kernels.neighbours import Gap
 from regrow.tasks.modeling.recompute import checkpoint_arguments
 from tests.bench.step_workloads import documents, pack, workload
 from tests.kernels.test_packed_attention import make, reference
@@ -40,6 +41,9 @@ class StandIn:
         assert [x // (s.heads * s.size) for x in v["at_q"].tolist()] == v["bounds"].tolist()
         assert [x // (s.key_heads * s.size) for x in v["at_k"].tolist()] == v["bounds"].tolist()
         assert [x // s.heads for x in v["at_stats"].tolist()] == v["bounds"].tolist()
+        row = s.heads * s.size + s.room
+        assert [x // row for x in v["at_out"].tolist()] == v["bounds"].tolist()
+        assert v["out"].stride() == (row, s.size, 1)
 
 
 class Forward(StandIn):
@@ -96,11 +100,11 @@ def stood_in(monkeypatch):
     ours._sizes_of.cache_clear()
 
 
-def check(q, k, v, cu, upstream, tolerance):
+def check(q, k, v, cu, upstream, tolerance, behind=None):
     scale = H**-0.5
     mine, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
     lengths = cu.diff().tolist()
-    out = backends.packed_attention(*mine, cu, max(lengths), scale=scale)
+    out = backends.packed_attention(*mine, cu, max(lengths), scale=scale, behind=behind)
     due = reference(*theirs, lengths, scale)
     out.backward(upstream)
     due.backward(upstream.double())
@@ -115,18 +119,48 @@ def test_rows_are_told_by_offsets(stood_in, lengths):
     assert StandIn.calls == 1
 
 
+def test_there_is_room_behind_the_result_where_asked(stood_in):
+    q, k, v, cu, _ = given = make(LENGTHS, N, K, H)
+    gap = Gap(16)
+    check(*given, 1e-5, gap)
+    out = backends.packed_attention(q, k, v, cu, max(LENGTHS), scale=1.0, behind=gap)
+    assert out.stride() == (N * H + 16, H, 1)
+    assert gap.behind([out.flatten(1)]).shape == (len(q), 16)
+
+
+def test_room_that_was_lost_on_the_way_is_made_anew(stood_in):
+    """Hooks that keep saved tensors elsewhere bring them back without gaps."""
+    given = make(LENGTHS, N, K, H)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone().contiguous(), lambda x: x):
+        check(*given, 1e-5, Gap(16))
+
+
+def test_where_cudnn_has_no_plan_with_room_there_is_none(stood_in, monkeypatch):
+    refuse(monkeypatch, lambda sizes: sizes.room > 0)
+    gap = Gap(16)
+    check(*make(LENGTHS, N, K, H), 1e-5, gap)
+    assert StandIn.calls == 1
+    q, k, v, cu, _ = make(LENGTHS, N, K, H)
+    out = backends.packed_attention(q, k, v, cu, max(LENGTHS), scale=1.0, behind=gap)
+    assert out.is_contiguous()
+    assert gap.behind([out.flatten(1)]) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("room", [0, 64])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1500, 300, 64], [7] * 17], ids=str)
 @pytest.mark.parametrize(("n", "kv", "h"), [(4, 2, 64), (8, 2, 128), (4, 4, 128)])
-def test_equals_the_formula_on_the_gpu(lengths, n, kv, h):
+def test_equals_the_formula_on_the_gpu(lengths, n, kv, h, room):
     if ours.why_not(torch.bfloat16, h):
         pytest.skip(ours.why_not(torch.bfloat16, h))
     torch.use_deterministic_algorithms(False)
     q, k, v, cu, upstream = make(lengths, n, kv, h, torch.bfloat16, "cuda")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    out = ours.cudnn_attention(*leaves, cu, max(lengths), h**-0.5)
+    assert not ours.why_not_here(q, k, len(lengths), max(lengths), h**-0.5, room)
+    out = ours.cudnn_attention(*leaves, cu, max(lengths), h**-0.5, room)
+    assert out.stride(0) == n * h + room
     due = reference(*wide, lengths, h**-0.5)
     found = torch.autograd.grad(out, leaves, upstream)
     right = torch.autograd.grad(due, wide, upstream.double())
@@ -227,7 +261,7 @@ def test_a_plan_serves_all_that_fits_into_it(stood_in):
 
     def plan(examples, longest):
         assert not ours.why_not_here(q, k, examples, longest, 0.1)
-        found = ours._sizes(q, k, examples, longest, 0.1)
+        found = ours._sizes(q, k, examples, longest, 0.1, 0)
         return found.examples, found.longest
 
     assert plan(3, 70) == plan(64, 1024) == (64, 1024)
@@ -248,7 +282,7 @@ def test_a_training_makes_few_plans(stood_in):
     for lengths in rows:
         q = torch.empty(sum(lengths), 32, 64, device="meta", dtype=torch.bfloat16)
         assert not ours.why_not_here(q, q[:, :8], len(lengths), max(lengths), 0.125)
-        sizes.append(ours._sizes(q, q[:, :8], len(lengths), max(lengths), 0.125))
+        sizes.append(ours._sizes(q, q[:, :8], len(lengths), max(lengths), 0.125, 0))
         assert sizes[-1].examples >= len(lengths)
         assert sizes[-1].longest >= max(lengths)
     assert len(set(sizes)) == 1

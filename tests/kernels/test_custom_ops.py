@@ -74,7 +74,7 @@ def test_gated_activation_with_adapters():
     (gate, up), kind = halves(torch.float16), torch.float16
     h, b, a = (torch.randn(*shape).to(kind) for shape in ((5, 6), (8, 3), (3, 8)))
     given = gate, up, h[:, :3], b, 2.0, h[:, 3:], b, 1.0, a
-    checked("gated_lora_forward", *given, "silu")
+    checked("gated_lora_forward", *given, "silu", 8)
     checked("gated_lora_backward", torch.randn(5, 8).to(kind), *given, h[:, 1:4], "silu", 8)
 
 

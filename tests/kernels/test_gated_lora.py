@@ -47,8 +47,9 @@ CASES = [(shape, "silu") for shape in SHAPES] + [
 @pytest.mark.parametrize(("shape", "activation"), CASES, ids=str)
 def test_equals_the_formula(agree, device, dtype, shape, activation):
     d, gate, up, adapters, a, dh = given(*shape, device, dtype)
-    hidden, h = gated_lora.forward(gate, up, *adapters, a, activation)
     room = len(a)
+    hidden, h = gated_lora.forward(gate, up, *adapters, a, activation, room)
+    assert hidden.as_strided((len(hidden), room), hidden.stride(), hidden.shape[1]).isnan().all()
     both, da = gated_lora.backward(d, gate, up, *adapters, a, dh, activation, room)
     assert both[:, -room:].isnan().all()
     assert da.dtype == torch.float32
@@ -66,7 +67,7 @@ def test_equals_the_formula(agree, device, dtype, shape, activation):
 def test_is_the_same_every_time(device, dtype):
     d, gate, up, adapters, a, dh = given(*SHAPES[1], device, dtype)
     for made in (
-        lambda: gated_lora.forward(gate, up, *adapters, a, "silu"),
+        lambda: gated_lora.forward(gate, up, *adapters, a, "silu", 0),
         lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu", 0),
     ):
         assert all(torch.equal(x, y) for x, y in zip(made(), made(), strict=True))

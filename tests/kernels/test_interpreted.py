@@ -54,6 +54,7 @@ def test_kernels_equal_their_references_in_the_interpreter():
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
          *(str(Path(__file__).with_name(name)) for name in ("test_custom_ops.py",
                                                             "test_gated_lora.py",
+                                                            "test_joint_product.py",
                                                             "test_low_rank_sum.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,

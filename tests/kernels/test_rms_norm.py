@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from regrow.kernels.backend import INTERPRETING
+from regrow.kernels.neighbours import Gap
 from regrow.kernels.rms_norm import add_rms_norm, reference, rms_norm, rms_norm_beside
 
 EPS = 1e-5
@@ -34,6 +36,23 @@ def test_norm_of_a_sum_equals_the_formula(check_gradients, random, shape):
 def test_norm_beside_what_goes_on_equals_the_formula(check_gradients, random, shape):
     check_gradients(
         lambda x, w: rms_norm_beside(x, w, EPS),
+        lambda x, w: (reference(x, w, EPS)[0], x * 1),
+        [random(*shape), random(shape[-1])],
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)  # of one row PyTorch forgets the stride
+def test_there_is_room_behind_the_norm_where_asked(check_gradients, random, shape):
+    gap = Gap(8)
+
+    def normed(x, w):
+        y, x = rms_norm_beside(x, w, EPS, behind=gap)
+        free = gap.behind([y.data.reshape(-1, shape[-1])])
+        assert free is None if not y.is_cuda and not INTERPRETING else free.shape[1] == 8
+        return y, x
+
+    check_gradients(
+        normed,
         lambda x, w: (reference(x, w, EPS)[0], x * 1),
         [random(*shape), random(shape[-1])],
     )

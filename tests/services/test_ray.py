@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from regrow.tasks.stage import Stage, StageError, StageJob
+from regrow.tasks.stage import StageError
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.cluster import RayWorkers
 from regrow.tasks.train.part import Call, Ended
@@ -22,6 +22,7 @@ from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
     prepared_dir,
     tokenizer,
 )
+from tests.tasks.train.stage_jobs import Notes, stage_job
 
 pytestmark = pytest.mark.services
 ray = pytest.importorskip("ray")
@@ -48,22 +49,6 @@ def cluster():
         made.shutdown()
 
 
-class Notes:
-    """A reporter that ends a rank of the worker with SIGKILL at a step, once."""
-
-    def __init__(self, kill_at=None):
-        self.lines, self.steps, self.kill_at = [], [], kill_at
-
-    def progress(self, done, total, unit, note=""):
-        self.steps.append(done)
-        if done == self.kill_at:
-            self.kill_at = None
-            os.kill(ranks()[-1], signal.SIGKILL)
-
-    def log(self, message):
-        self.lines.append(message)
-
-
 def ranks():
     """Process ids of all living ranks that train below this process."""
     found = []
@@ -78,35 +63,27 @@ def ranks():
 
 
 @pytest.fixture
-def stage_job(make_job, tmp_path):  # noqa: F811
-    """stage_job(workers, report) -> the train stage's job, its checkpoints in a shared store."""
+def ray_job(make_job, tmp_path):  # noqa: F811
+    """ray_job(workers, report) -> the train stage's job, its checkpoints in a shared store."""
 
-    def make(workers, report, **placement):
-        job = make_job("ray", placement=placement | {"ray": workers, "evaluation": Cadence()})
-        out, scratch = tmp_path / "stage-out", tmp_path / "stage-scratch"
-        out.mkdir()
-        scratch.mkdir()
-        staged = Stage("train", 1, job.spec, "", placement=job.placement)
-        store = (tmp_path / "store").as_uri()
-        inputs = {"prepare": job.prepared}
-        return StageJob(
-            staged, inputs, {}, out, scratch, report, None, store, logs=tmp_path / "logs"
-        )
+    def make(workers, report=None, **placement):
+        job = make_job("ray", placement={"evaluation": Cadence()})
+        return stage_job(job, tmp_path, report, ray=workers, **placement)
 
     return make
 
 
 def test_two_machines_of_a_cluster_equal_one_also_when_a_rank_is_killed(
     cluster,
-    stage_job,
+    ray_job,
     make_job,  # noqa: F811
     tmp_path,
 ):
     one = make_job("one", placement={"evaluation": Cadence()})
     alone = train(one)
-    notes = Notes(kill_at=8)
+    notes = Notes({8: lambda: os.kill(ranks()[-1], signal.SIGKILL)})
     # Of four workers' CPUs each machine has two, so that the two workers are not on one.
-    job = stage_job(RayWorkers(2, {"CPU": 2}), notes)
+    job = ray_job(RayWorkers(2, {"CPU": 2}), notes)
     together = stage.run(job)
     assert together["timing"]["world_size"] == 2
     assert any("started again: it was ended by SIGKILL" in line for line in notes.lines)
@@ -119,8 +96,8 @@ def test_two_machines_of_a_cluster_equal_one_also_when_a_rank_is_killed(
     assert not list((tmp_path / "store").glob("handover/*/*"))
 
 
-def test_what_a_cluster_does_not_have_is_named(cluster, stage_job):
-    job = stage_job(RayWorkers(1, {"GPU": 8}), Notes(), hang_timeout=1.0)
+def test_what_a_cluster_does_not_have_is_named(cluster, ray_job):
+    job = ray_job(RayWorkers(1, {"GPU": 8}), hang_timeout=1.0)
     with pytest.raises(StageError, match=r"does not have 1 times .*GPU.* 8"):
         stage.run(job)
 

@@ -75,3 +75,23 @@ def test_supervised_rows_are_those_before_a_learnt_token():
     assert batch["supervised_rows"].tolist() == [0, 1, 3, 5]
     assert (labels[batch["supervised_rows"] + 1] != -100).all()
     assert flatten([])["supervised_rows"].numel() == 0
+
+
+@pytest.mark.parametrize("supervised", [1, 63, 64, 65, 447])
+def test_the_last_layer_gives_supervised_rows_and_the_first_others_up_to_64(supervised):
+    mask = np.zeros(511, np.uint8)
+    mask[np.random.default_rng(0).permutation(np.arange(1, 511))[:supervised]] = 1
+    batch = flatten([row(np.ones(511), mask, [511])], multiple_of=64)
+    rows, learnt = batch["last_layer_rows"].tolist(), batch["supervised_rows"].tolist()
+    others = [at for at in range(512) if at not in set(learnt)]
+    assert len(rows) == -(-supervised // 64) * 64
+    assert rows == sorted(learnt + others[: len(rows) - supervised])
+    assert batch["last_layer_rows"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("supervised", [0, 449, 510])
+def test_the_last_layer_gives_all_rows_where_few_could_be_left_out(supervised):
+    mask = np.arange(511) > 510 - supervised
+    batch = flatten([row(np.ones(511), mask, [511])], multiple_of=64)
+    assert len(batch["supervised_rows"]) == supervised
+    assert "last_layer_rows" not in batch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.tasks.modeling.batches import IGNORED, flatten
+from regrow.tasks.modeling.batches import IGNORED, LAST_ROWS, flatten
 from regrow.tasks.modeling.context_parallel import ContextGroup, check_can_be_cut
 from regrow.tasks.modeling.context_slices import (
     CONTEXT_PARTS,
@@ -24,6 +24,8 @@ from tests.tasks.modeling.models import tiny
 
 # One example longer than a slice, borders of examples at a border of slices, single tokens.
 LENGTHS = ([61, 3, 1, 17, 14], [5, 5], [90])
+LONG = [250, 64]
+"""Long enough that the last layer has rows to leave out."""
 
 
 def batch(lengths, multiple, pad_to=None):
@@ -51,19 +53,19 @@ def compare(variants):
     context = ContextGroup.of(size)
     found = {}
     for family, kernels, recomputes in variants:
-        for lengths in LENGTHS:
+        for lengths in (*LENGTHS, LONG) if kernels else LENGTHS:
             whole = batch(lengths, tokens_multiple(size, 1))
             items = int((whole["labels"] != IGNORED).sum())
             model = tiny(family)
             if recomputes:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             expected = loss_and_gradients(model, whole, items)
+            inputs = slice_batch(whole, context.rank, size)
+            assert (LAST_ROWS in inputs) == (lengths is LONG)
             if kernels:
                 swap_kernels(model, KERNELS)
             context.attach(model)
-            loss, gradients = loss_and_gradients(
-                model, slice_batch(whole, context.rank, size), items
-            )
+            loss, gradients = loss_and_gradients(model, inputs, items)
             torch.distributed.all_reduce(loss)
             worst = (loss - expected[0]).abs().item()
             for name, gradient in gradients.items():

@@ -14,6 +14,7 @@ from regrow.kernels import lora_linear
 from regrow.kernels.neighbours import rows_of_one
 from regrow.tasks.modeling import joint_weights
 from regrow.tasks.modeling.float8 import Float8Linear, freeze_in_float8, round_together
+from regrow.tasks.modeling.fused import OUTPUT
 from regrow.tasks.modeling.joint_weights import lay_group, lay_together
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from tests.tasks.modeling.models import packed_batch, tiny
@@ -57,18 +58,21 @@ def test_loss_and_gradients_stay(on_gpu, joined, family):
     before = [name for name, _ in ours.named_parameters()]
     assert lay_together(ours) == 4
     assert [name for name, _ in ours.named_parameters()] == before
-    for layer in (m for m in ours.modules() if hasattr(m, "layers_of_one_input")):
-        weights = [x.base_layer.weight for x in layer.layers_of_one_input()]
-        assert rows_of_one(weights) is not None
+    for layers in (m.weights_to_lay() for m in ours.modules() if hasattr(m, "weights_to_lay")):
+        for group in layers.values():
+            assert rows_of_one([x.base_layer.weight for x in group]) is not None
     check_equal(model, ours)
     assert sum(joined) >= 2  # gate and up of each layer; q, k and v where Triton runs
 
 
-def test_files_hold_what_they_held(on_gpu, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_files_hold_what_they_held(on_gpu, tmp_path, dtype):
     """A full model with its weights, an adapter alone, a merged model."""
-    model = with_lora(tiny("llama"))
+    model = with_lora(tiny("llama", dtype))
     ours = swapped(model)
-    lay_together(ours)
+    assert lay_together(ours) == (8 if dtype == torch.bfloat16 else 4)
+    layer = ours.get_base_model().model.layers[0].self_attn.o_proj.base_layer
+    assert layer.weight.is_contiguous() == (dtype == torch.float32)  # there is room beside it
     for one, name in ((model, "theirs"), (ours, "ours")):
         one.save_pretrained(tmp_path / name / "adapter")
         merged = copy.deepcopy(one).merge_and_unload()
@@ -105,25 +109,26 @@ def test_what_is_trained_or_differs_stays_where_it_is():
     assert lay_group(layers) is None
     assert lay_group(layers[:1]) is None
     layers[1].weight.data = layers[1].weight.data.float()
-    assert lay_group(layers).shape == (0, 8)
+    assert lay_group(layers).below.shape == (0, 8)
     assert rows_of_one([layer.weight for layer in layers]) is not None
 
 
 def test_behind_the_weights_is_room_for_the_adapters(on_gpu):
     model = swapped(with_lora(tiny("llama")))
     lay_together(model)
-    for module in (m for m in model.modules() if hasattr(m, "layers_of_one_input")):
-        layers = module.layers_of_one_input()
-        assert module.room.shape == (4 * len(layers), 32)
-        weights = [layer.base_layer.weight for layer in layers]
-        assert rows_of_one([*weights, module.room]) is not None
+    for module in (m for m in model.modules() if hasattr(m, "weights_to_lay")):
+        for name, layers in module.weights_to_lay().items():
+            if name != OUTPUT:
+                room = module.rooms[name].below
+                assert room.shape == (4 * len(layers), 32)
+                assert rows_of_one([*(x.base_layer.weight for x in layers), room]) is not None
     assert not any("room" in name for name in model.state_dict())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_on_the_gpu_every_gradient_stays(joined, family):
+def test_on_the_gpu_every_gradient_stays(monkeypatch, joined, family):
     """By the kernels, in bfloat16 under adapters in float32, with room behind all."""
     torch.use_deterministic_algorithms(False)
     model = with_lora(tiny(family, torch.bfloat16), r=8)
@@ -131,12 +136,18 @@ def test_on_the_gpu_every_gradient_stays(joined, family):
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     apart = swapped(model).cuda()
     ours = copy.deepcopy(apart)
-    assert lay_together(ours) == 4
+    assert lay_together(ours) == 8
+    products = []
+    whole = lora_linear.joint_products
+    monkeypatch.setattr(lora_linear, "joint_products", lambda *x: products.append(1) or whole(*x))
     batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in packed_batch().items()}
     for one in (apart, ours):
         one(**batch).loss.backward()
     # gate and up both ways, q, k and v of the second layer (the first one's input has no gradient)
     assert sum(joined) == 5
+    assert (
+        len(products) == 4
+    )  # q, k and v, and down; cuDNN, which leaves room for o, has larger heads
     for (name, mine), theirs in zip(ours.named_parameters(), apart.parameters(), strict=True):
         if theirs.grad is not None:
             error = (mine.grad - theirs.grad).norm() / theirs.grad.norm()

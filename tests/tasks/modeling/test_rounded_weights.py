@@ -2,11 +2,16 @@
 
 import copy
 
+import pytest
 import torch
 
+from regrow.kernels.neighbours import rows_of_one
+from regrow.tasks.modeling import joint_weights
+from regrow.tasks.modeling.fused import INPUTS
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from regrow.tasks.modeling.rounded_weights import RoundedWeights, keep_rounded
 from tests.tasks.modeling.models import packed_batch, tiny
+from tests.tasks.modeling.test_kernels import with_lora
 
 
 def step(model):
@@ -60,6 +65,74 @@ def test_a_copy_that_is_written_with_its_weight_stays_for_one_step():
     assert rounded.of(weight, torch.bfloat16)[0, 0] == 7
     rounded.expire()  # a validation came between
     assert torch.equal(rounded.of(weight, torch.bfloat16), weight.bfloat16())
+
+
+def test_matrices_of_one_input_lie_one_under_the_other():
+    first, second = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(2, 4))
+    rounded = RoundedWeights()
+    low = rounded.below([first, second], torch.bfloat16)
+    assert torch.equal(rows_of_one(low), torch.cat([first, second]).bfloat16())
+    first.data += 1
+    rounded.expire()
+    again = rounded.below([first, second], torch.bfloat16)
+    assert again[0].data_ptr() == low[0].data_ptr()
+    assert torch.equal(rows_of_one(again), torch.cat([first, second]).bfloat16())
+    assert rounded.below([first, second], torch.float32) is None
+    assert rounded.below([first, second.bfloat16()], torch.bfloat16) is None
+
+
+def test_they_lie_in_room_that_is_large_enough():
+    weights = [torch.nn.Parameter(torch.randn(2, 4)) for _ in range(2)]
+    room = torch.zeros(5, 4, dtype=torch.bfloat16)
+    low = RoundedWeights().below(weights, torch.bfloat16, room)
+    assert torch.equal(room[:4], torch.cat(weights).bfloat16())
+    assert low[0].data_ptr() == room.data_ptr()
+    for other in (room[:3], room.float(), torch.zeros(5, 3, dtype=torch.bfloat16)):
+        low = RoundedWeights().below(weights, torch.bfloat16, other)
+        assert low[0].data_ptr() != other.data_ptr()
+        assert torch.equal(rows_of_one(low), torch.cat(weights).bfloat16())
+
+
+def test_every_copy_is_written_when_one_is_asked_for():
+    first, second = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+    rounded = RoundedWeights()
+    copies = [rounded.of(weight, torch.bfloat16) for weight in (first, second)]
+    for weight in (first, second):
+        weight.data += 1
+    rounded.expire()
+    rounded.of(first, torch.bfloat16)
+    assert torch.equal(copies[1], second.bfloat16())
+
+
+@pytest.mark.parametrize("ranks", [{}, {"q_proj": 8, "up_proj": 2}])
+def test_adapters_change_neither_loss_nor_gradient(monkeypatch, ranks):
+    """Over two steps, with weights that lie one under the other and all A behind them."""
+    monkeypatch.setattr(joint_weights, "_is_on_gpu", lambda layers: True)
+    model = with_lora(tiny("llama"), rank_pattern=ranks)
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    swap_kernels(model, KERNELS)
+    other = copy.deepcopy(model)
+    assert [joint_weights.lay_together(one) for one in (model, other)] == [8, 8]
+    rounded = keep_rounded(other)
+    for _ in range(2):
+        losses = []
+        rounded.expire()
+        for one in (model, other):
+            one.zero_grad()
+            loss = one(**packed_batch()).loss
+            loss.backward()
+            losses.append(loss.detach())
+        assert losses[0] == losses[1]
+        attention = other.get_base_model().model.layers[0].self_attn
+        layers = attention.q_proj, attention.k_proj, attention.v_proj
+        a = torch.cat([layer.lora_A["default"].weight for layer in layers])
+        assert torch.equal(attention.rooms[INPUTS].below, a.bfloat16())
+        trained = [p for p in other.parameters() if p.requires_grad]
+        for p, q in zip((p for p in model.parameters() if p.requires_grad), trained, strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=0)
+        for one in (model, other):
+            torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.5).step()
 
 
 def test_what_has_the_type_already_is_not_copied():

@@ -7,7 +7,7 @@ import dataclasses
 import psutil
 import pytest
 
-from regrow.tasks.stage import Stage, StageError, StageJob
+from regrow.tasks.stage import StageError
 from regrow.tasks.train import part
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.attempts import Attempts
@@ -16,19 +16,9 @@ from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
 from tests.tasks.train import failing_worker
 from tests.tasks.train.ranks import ROOT, run_forked, run_ranks
+from tests.tasks.train.stage_jobs import Notes, stage_job
 
 DROPOUT = {"adapter": AdapterSpec(r=4, alpha=8, dropout=0.2, target_linear=True)}
-
-
-class Notes:
-    def __init__(self):
-        self.lines = []
-
-    def progress(self, done, total, unit, note=""):
-        pass
-
-    def log(self, message):
-        self.lines.append(message)
 
 
 class Heard(Attempts):
@@ -53,21 +43,7 @@ def run_with(monkeypatch, tmp_path):
         monkeypatch.setattr(stage, "Attempts", Heard)
         monkeypatch.setattr(Heard, "failures", [])
         reporters = Reporters(environment={failing_worker.FAULT: fault})
-        placement = dataclasses.replace(job.placement, reporters=reporters)
-        out, scratch = tmp_path / "stage-out", tmp_path / "stage-scratch"
-        out.mkdir()
-        scratch.mkdir()
-        staged = StageJob(
-            Stage("train", 1, job.spec, "regrow.tasks.train.run:run", placement=placement),
-            {"prepare": job.prepared},
-            {},
-            out,
-            scratch,
-            Notes(),
-            None,
-            checkpoints=(tmp_path / "store").as_uri(),
-            logs=tmp_path / "logs",
-        )
+        staged = stage_job(job, tmp_path, reporters=reporters)
         return staged, stage.run(staged)
 
     return run

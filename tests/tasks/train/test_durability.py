@@ -23,6 +23,7 @@ from regrow.tasks.train.checkpoint import Checkpoints
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
+from tests.tasks.train.stage_jobs import Notes
 
 DROPOUT = {"adapter": AdapterSpec(r=4, alpha=8, dropout=0.2, target_linear=True)}
 
@@ -301,17 +302,6 @@ def test_a_worker_that_hangs_writes_its_stacks_and_ends(tmp_path):
 
 
 # ---- what the stage does then ----
-
-
-class Notes:
-    def __init__(self):
-        self.lines = []
-
-    def progress(self, done, total, unit, note=""):
-        pass
-
-    def log(self, message):
-        self.lines.append(message)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from regrow.tasks.modeling.attention import register
+from regrow.tasks.modeling.batches import IGNORED, rows_to_learn
 from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from regrow.tasks.modeling.loss_head import LossTerms
 from regrow.tasks.train.gathering import (
@@ -78,10 +79,12 @@ def computed(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(64, (1, 2048), generator=random)
     ids[:, ::2] = 7  # its row of the embedding's gradient is a sum over many tokens
+    labels = ids.clone()
+    labels[:, ::3] = IGNORED
     lengths = torch.tensor([0, 1000, 2048], dtype=torch.int32)
-    rows = {
+    rows = rows_to_learn(torch.nn.functional.pad(labels[0, 1:], (0, 1), value=IGNORED)) | {
         "input_ids": ids,
-        "labels": ids,
+        "labels": labels,
         "position_ids": torch.cat([torch.arange(1000), torch.arange(1048)])[None],
         "cu_seq_lens_q": lengths,
         "cu_seq_lens_k": lengths,

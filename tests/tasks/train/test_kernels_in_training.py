@@ -118,13 +118,16 @@ def test_two_ranks_with_kernels_follow_one_without(make_job, way, kind):
     spec = {"max_steps": 8} | KINDS[kind]
     alone = make_job("alone", spec)
     train(alone)
-    placement = {"micro_batch_size": 1, "sharding": WAYS[way], "kernels": KERNELS}
+    # So long that the last layer has rows to leave out.
+    sizes = {"micro_batch_size": 1, "pad_to": 128}
+    placement = sizes | {"sharding": WAYS[way], "kernels": KERNELS}
     ours = make_job("ours", spec, placement)
     run_ranks(ours, 2)
     assert losses(ours.metrics_path) == pytest.approx(losses(alone.metrics_path), abs=1e-4)
     assert largest_difference(ours, alone) < 2e-3
     kernels = json.loads(ours.result_path.read_text())["timing"]["kernels"]
     assert set(kernels["swapped"]) == set(KERNELS) - {"experts"}
+    assert kernels["parts"]["last_rows"] == 1
 
 
 @needs_deepspeed

@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from regrow.tasks.stage import Stage, StageJob
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.spec import AdapterSpec
 from tests.tasks.train.ranks import rank_pids, run_ranks
+from tests.tasks.train.stage_jobs import stage_job
 
 SEED = 20261122
 KILLS = 2  # CI has no time for more; REGROW_TEST_KILLS says another number
@@ -59,25 +59,11 @@ def test_killed_at_random_the_adapter_is_the_same_to_the_byte(make_job, tmp_path
     kills = int(os.environ.get("REGROW_TEST_KILLS", KILLS))
     calm = make_job("calm", SPEC, PLACEMENT | {"num_processes": 2})
     run_ranks(calm, 2)
-    job = make_job("killed", SPEC, PLACEMENT | {"num_processes": 2})
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    out.mkdir()
-    scratch.mkdir()
-    killer = Killer(scratch / "train", kills)
-    staged = StageJob(
-        Stage("train", 1, job.spec, "regrow.tasks.train.run:run", placement=job.placement),
-        {"prepare": job.prepared},
-        {},
-        out,
-        scratch,
-        killer,
-        None,
-        checkpoints=(tmp_path / "store").as_uri(),
-        logs=tmp_path / "logs",
-    )
+    killer = Killer(tmp_path / "stage-scratch" / "train", kills)
+    job = stage_job(make_job("killed", SPEC, PLACEMENT | {"num_processes": 2}), tmp_path, killer)
     begin = time.monotonic()
-    stage.run(staged)
+    stage.run(job)
     again = [line for line in killer.lines if "goes on" in line or "started again" in line]
     print(f"{kills} kills, {len(again)} new workers, {time.monotonic() - begin:.0f} s")
     assert len(again) >= kills // 2, killer.lines
-    assert file_bytes(out) == file_bytes(calm.out)
+    assert file_bytes(job.out) == file_bytes(calm.out)

@@ -21,7 +21,7 @@ from regrow.infra.artifacts import ArtifactStore
 from regrow.infra.launch import WorkerFailed, free_port
 from regrow.infra.nodes import Nodes
 from regrow.infra.settings import child_environment
-from regrow.tasks.stage import Stage, StageError, StageJob
+from regrow.tasks.stage import StageError
 from regrow.tasks.train import machines as machines_module
 from regrow.tasks.train import meeting as meeting_module
 from regrow.tasks.train import node as node_module
@@ -32,20 +32,7 @@ from regrow.tasks.train.part import Call, Ended, localize
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
 from tests.tasks.train.ranks import rank_pids_of
-
-
-class Notes:
-    """A reporter; `at_step[n]()` is called once at step n."""
-
-    def __init__(self, at_step=None):
-        self.lines, self.steps, self.at_step = [], [], dict(at_step or {})
-
-    def progress(self, done, total, unit, note=""):
-        self.steps.append(done)
-        self.at_step.pop(done, lambda: None)()
-
-    def log(self, message):
-        self.lines.append(message)
+from tests.tasks.train.stage_jobs import Notes, stage_job
 
 
 def environment(rank, port):
@@ -84,24 +71,6 @@ def other_machine(tmp_path):
         except subprocess.TimeoutExpired:
             process.kill()
         log.close()
-
-
-def stage_job(job, tmp_path, report):
-    out, scratch = tmp_path / "stage-out", tmp_path / "stage-scratch"
-    out.mkdir()
-    scratch.mkdir()
-    prepare = Stage("prepare", 1, {}, "")
-    return StageJob(
-        Stage("train", 1, job.spec, "", inputs={"prepare": prepare}, placement=job.placement),
-        {"prepare": job.prepared},
-        {},
-        out,
-        scratch,
-        report,
-        None,
-        checkpoints=(tmp_path / "store").as_uri(),
-        logs=tmp_path / "logs",
-    )
 
 
 @pytest.mark.slow

@@ -104,14 +104,15 @@ CHAINS = {
     "ways": [("fsdp2", 2), ("ddp", 1), ("zero3", 2), ("ddp", 2), ("zero2", 2)],
 }
 CHAINED = [
-    pytest.param(chain, marks=pytest.mark.extended if chain == "ways" else pytest.mark.slow)
+    pytest.param(chain, kind, marks=pytest.mark.slow if in_ci else pytest.mark.extended)
     for chain in CHAINS
+    for kind in KINDS
+    for in_ci in [kind == "full" and chain != "ways"]
 ]
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chain", CHAINED)
+@pytest.mark.parametrize(("chain", "kind"), CHAINED)
 def test_a_checkpoint_fits_every_other_way_and_number_of_ranks(job_of, chain, kind):
     alone = job_of("alone", kind)
     train(alone)

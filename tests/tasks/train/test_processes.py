@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import subprocess
 import sys
@@ -13,41 +12,13 @@ from safetensors.torch import load_file
 
 from regrow.infra.launch import WorkerFailed
 from regrow.infra.settings import child_environment
-from regrow.tasks.stage import Stage, StageError, StageJob
+from regrow.tasks.stage import StageError
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.attempts import explained, memory_advice
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
 from tests.tasks.train.killed import KillAt, Killed
-
-
-class Notes:
-    def __init__(self):
-        self.steps, self.lines = [], []
-
-    def progress(self, done, total, unit, note=""):
-        self.steps.append((done, total, unit))
-
-    def log(self, message):
-        self.lines.append(message)
-
-
-def stage_job(job, tmp_path, **placement):
-    """What the train stage would be given for a worker's job."""
-    changed = dataclasses.replace(job.placement, **placement)
-    out, scratch = tmp_path / "stage-out", tmp_path / "stage-scratch"
-    out.mkdir()
-    scratch.mkdir()
-    return StageJob(
-        Stage("train", 1, job.spec, "regrow.tasks.train.run:run", placement=changed),
-        {"prepare": job.prepared},
-        {},
-        out,
-        scratch,
-        Notes(),
-        None,
-        checkpoints=(tmp_path / "store").as_uri(),
-    )
+from tests.tasks.train.stage_jobs import stage_job
 
 
 @pytest.mark.slow
