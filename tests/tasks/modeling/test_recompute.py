@@ -188,3 +188,32 @@ def test_the_hosts_memory_is_free_when_the_backward_pass_is_over():
         assert host() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_the_gpu_what_comes_back_is_what_left():
+    """While other work goes on, whether a backward pass takes it back or gives it up half-way."""
+    torch.manual_seed(0)
+    weights = [torch.randn(1024, 1024, device="cuda") / 32 for _ in range(12)]
+    x = torch.randn(1, 4096, 1024, device="cuda", requires_grad=True)
+
+    def through(stays_at=None):
+        y, layers = x, []
+        with OffloadSaved(4096) as kept:
+            for weight in weights:
+                y = (y @ weight).sin()
+                layers.append(y)
+        assert kept.bytes > 11 * x.nbytes
+        if stays_at is None:
+            return torch.autograd.grad(y.sum(), x)[0]
+        return torch.autograd.grad(y.sum(), layers[stays_at])[0]
+
+    y = x
+    for weight in weights:
+        y = (y @ weight).sin()
+    (right,) = torch.autograd.grad(y.sum(), x)
+    for _ in range(3):
+        assert torch.equal(through(), right)
+        through(stays_at=6)  # the graph goes, with a tensor that is still on its way
+        assert torch.equal(through(), right)
