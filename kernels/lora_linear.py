@@ -8,11 +8,11 @@ s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
 
 Order of the products. The skinny h B^T is written first, and the large GEMM adds itself to it
 (beta = 1), which hides the addition in the GEMM's epilogue: 2.86 ms against 3.26 for the other
-order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22). One GEMM over
-[x | h] [W | sB]^T was no faster and wants the weights laid out anew. An update is small beside all
-else: rounded together with a bias or a residual alone it would be lost. They come last; a residual,
-where there is no bias, in one sum with update and base (`low_rank_sum`). The A of all projections
-are one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
+order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22). Where inputs and
+weights have room for it, all is one product, [x | h] [W | sB]^T, with a residual too
+(`joint_product`). An update is small beside all else: rounded together with a bias or a residual
+alone it would be lost. They come last; a residual, where there is no bias, in one sum with update
+and base (`low_rank_sum`). The A of all projections are one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.

@@ -219,24 +219,28 @@ def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
 
 def _materialized(layer: _Layer, dtype: Any) -> _Layer:
     """With the matrices themselves, so that not every slice makes them anew."""
-    group = [*_neighbours(layer.group[:2], dtype), layer.group[2]]
+    inner, a_RH = _neighbours(layer.group[:2], layer.casts[0], dtype)
     group = [
         p if isinstance(p.weight, Float8Weight) else replace(p, rounded=p.matrix(dtype))
-        for p in group
+        for p in [*inner, layer.group[2]]
     ]
-    return replace(layer, group=group)
+    return replace(layer, group=group, casts=[a_RH, *layer.casts[1:]])
 
 
-def _neighbours(inner: Sequence[Projection], dtype: Any) -> Sequence[Projection]:
-    """Gate and up; of 4 bits one under the other, with room behind both for their A."""
+def _neighbours(
+    inner: Sequence[Projection], a_RH: Tensor | None, dtype: Any
+) -> tuple[Sequence[Projection], Tensor | None]:
+    """Gate and up; of 4 bits one under the other, with their A behind both, for all slices."""
     gate, up = inner
     if not (isinstance(gate.weight, Nf4Weight) and isinstance(up.weight, Nf4Weight)):
-        return inner
+        return inner, a_RH
     ranks, width = gate.rank + up.rank, gate.weight.shape[0]
     joint = dequantize_below([gate.weight, up.weight], dtype, ranks)
     made = joint.split([width, up.weight.shape[0], ranks])
-    room = made[2] if ranks else None
-    return [replace(gate, rounded=made[0]), replace(up, rounded=made[1], room=room)]
+    group = [replace(gate, rounded=made[0]), replace(up, rounded=made[1])]
+    if a_RH is None:
+        return group, None
+    return [group[0], replace(group[1], room=made[2])], made[2].copy_(a_RH)
 
 
 def _slices(tokens: int, rows: int, p: float, seeds: Sequence[int]) -> Iterator[tuple[Any, Drops]]:
@@ -246,12 +250,14 @@ def _slices(tokens: int, rows: int, p: float, seeds: Sequence[int]) -> Iterator[
 
 
 def _added(total: list[Any], more: Sequence[Any]) -> None:
-    """total += more, summed in float32 at least."""
-    for i, gradient in enumerate(more):
-        if gradient is not None and total[i] is None:
-            total[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        elif gradient is not None:
-            total[i] += gradient
+    """total += more, summed in float32 at least; the same of them are None each time."""
+    there = [i for i, gradient in enumerate(more) if gradient is not None]
+    if there and total[there[0]] is not None:
+        at_once: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+        at_once([total[i] for i in there], [more[i] for i in there])
+        return
+    for i in there:
+        total[i] = more[i].to(torch.promote_types(more[i].dtype, torch.float32))
 
 
 # ---- autograd ----

@@ -234,6 +234,7 @@ def _moments(setting: Setting) -> dict[str, dict[str, float]]:
     in_one = casts / (setting.shape.layers + 1)
     tables, ends = _tables(setting) * tokens, _ends(setting) * tokens
     stream = stream_bytes(layers[-1]) * tokens
+    ends += stream if setting.policy == OFFLOAD else 0.0  # a second one on its way to the host
     return {
         "loss": {
             "gradients": already,

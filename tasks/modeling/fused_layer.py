@@ -1,7 +1,7 @@
 """A decoder layer whose sums of the residual stream are computed with its norms.
 
 A layer of Llama's kind is x + attention(norm(x)), then x + mlp(norm(x)). Under an adapter a sum is
-made where the update is added to the last product of attention or MLP (`low_rank_sum`); else the
+made where the last product of attention or MLP is (`joint_product`, `low_rank_sum`); else the
 first sum is made in the pass of the second norm. What reaches x on the way back, from its norm and
 from beside it, is added in the pass of that norm's gradient. Of 22 passes over [T, H] a layer 17
 are left, under adapters 16. The layer hands on one tensor as the layer before it did.

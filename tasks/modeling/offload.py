@@ -29,6 +29,9 @@ from torch import Tensor
 PIECE_BYTES = 64 << 20
 """Of pinned memory at a time: at most one piece of each tensor is not full."""
 _LEAST_BYTES = 1 << 20  # smaller ones cost more in launches than they free
+_ON_THEIR_WAY = 2
+"""Tensors that the host sends before it waits for the first: as many layers it is ahead of the
+device, so that a slow one does not let the device wait. The forward pass has memory to spare."""
 
 
 @dataclass
@@ -91,13 +94,13 @@ class _Host:
         self._tokens, self._stays, self._on_cpu = tokens, stays, on_cpu
         self._here: deque[_Saved] = deque()
         self._newest: _Saved | None = None
-        self._leaving: tuple[Any, Tensor] | None = None
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
         self.bytes = 0
         """Held by the host when the forward pass has ended."""
 
     def end(self) -> None:
         """Of the forward pass: from now on the graph alone holds what it needs."""
-        self._let_go()
+        self._let_go(0)
         self._here.clear()
         self._newest = None
 
@@ -134,20 +137,19 @@ class _Host:
             saved.pieces = [part.clone() for part in parts]
             return
         # The host would run far ahead of the device, and every layer would wait for its copy there.
-        self._let_go()
+        self._let_go(_ON_THEIR_WAY - 1)
         saved.pieces = [torch.empty(len(p), dtype=torch.uint8, pin_memory=True) for p in parts]
         stream = copy_stream(tensor.device)
         stream.wait_event(saved.made)
         with torch.cuda.stream(stream):
             for piece, part in zip(saved.pieces, parts, strict=True):
                 piece.copy_(part, non_blocking=True)
-            self._leaving = stream.record_event(), tensor
+            self._leaving.append((stream.record_event(), tensor))
 
-    def _let_go(self) -> None:
-        """Give up the tensor that is leaving, once its copy is made."""
-        if self._leaving is not None:
-            self._leaving[0].synchronize()
-            self._leaving = None
+    def _let_go(self, number: int) -> None:
+        """Give up the tensors that are leaving, but for so many, once their copies are made."""
+        while len(self._leaving) > number:
+            self._leaving.popleft()[0].synchronize()
 
     def unpack(self, packed: Any) -> Tensor:
         """The tensor, on its device."""

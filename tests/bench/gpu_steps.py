@@ -26,7 +26,7 @@ load from disk find the models of `--models` under the same names.
 `curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same in
 micro-batches half as large, and with them: the first two differ by the noise of rounding alone.
 
-The session on a lent H100 (30 device minutes), in four calls right after each other: the machine
+The session on a lent H100 (30 device minutes), in calls right after each other: the machine
 and /dev/shm last 30 s between two. Before it, here (wheels: ../shared/bench/README.md; 64 MiB in
 all, so bitsandbytes stripped to its library for CUDA 13; nvidia_cudnn_frontend 1.18 of 2 MiB for
 cuDNN's attention, without which FlashAttention 2 is measured):
@@ -41,18 +41,16 @@ Every command begins with P:
         PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True;
     S="python3 -m tests.bench.gpu_steps --models /dev/shm/models --out $OUT/steps.jsonl"
 
-    1  330 s  P; timeout 200 python3 -m pytest -q -x tests/kernels -m gpu -p no:cacheprovider &&
-              timeout 200 $S W1:layers=4:profile=1 W3:layers=2 W4:layers=1 W2:layers=1
-              W1:layers=2:micro=2:gc=auto:room=17 (pytest 130 s, the others 25 s each)
-    2  560 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc
-              W1:micro=2:gc=auto:room=17 W2:micro=2:gc=auto:room=7.6 W1:warmup=8:fp8=1
-              (the first makes the model: 40 s; ours 50 s, a peer 80 s; `--limit 120`)
-    3  560 s  P; $S W3 peer:W3:trl-fa2-liger-nogc W4 peer:W4:moe-grouped-elora peer:W1:unsloth
-              peer:W2:unsloth W3:profile=1 (45 to 90 s each)
-    4  400 s  P; $S curve:W1:layers=4 curve:W1:layers=4:fp8=1 && timeout 240 $S --limit 230
+    1  500 s  P; sh tests/bench/gpu_tests.sh $OUT/t; $S W2:micro=2:gc=auto:room=7.6
+              peer:W2:unsloth W2:micro=2:gc=auto:room=7.6 W1:warmup=8 W1:warmup=8:fp8=1
+              (tests 110 s; the first run makes the model: 40 s; ours 50 s, a peer 80 s)
+    2  560 s  P; $S --limit 150 curve:W1:layers=4 curve:W1:layers=4:fp8=1; $S --limit 230
               LONG:seq=40000:rows=10:micro=1:gc=offload:log=1:warmup=0:timed=1 LONG
-              (curves 150 s; the host's pinned memory is what LONG wants most: 98 GiB; move the
-              models of /dev/shm to /tmp first)
+              (each curve more than 110 s: three trainings; LONG 100 s at least and the short check
+              60, beside making the model; pinned memory is what it wants most: 98 GiB; models in
+              /tmp took more than twice as long to load as in /dev/shm, so move them there late)
+    3  530 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc W3:warmup=8
+              peer:W3:trl-fa2-liger-nogc W4:warmup=8 peer:W4:moe-grouped-elora (45 to 80 s each)
 
 What is red in call 1 is mended before call 2: give the machine back meanwhile. What each part of a
 step should take stands in `kernels/bench/expected-h100.md`; hold the profiles against it.

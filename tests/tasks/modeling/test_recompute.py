@@ -199,8 +199,8 @@ def test_on_the_gpu_what_comes_back_is_what_left():
     x = torch.randn(1, 4096, 1024, device="cuda", requires_grad=True)
 
     def through(stays_at=None):
-        y, layers = x, []
-        with OffloadSaved(4096) as kept:
+        y, layers, kept = x, [], OffloadSaved(4096)
+        with kept:
             for weight in weights:
                 y = (y @ weight).sin()
                 layers.append(y)
