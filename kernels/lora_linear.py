@@ -12,7 +12,8 @@ order and 2.88 for the base alone (8192 x 4096 x 28672, r = 32, H100, 2026-11-22
 weights have room for it, all is one product, [x | h] [W | sB]^T, with a residual too
 (`joint_product`). An update is small beside all else: rounded together with a bias or a residual
 alone it would be lost. They come last; a residual, where there is no bias, in one sum with update
-and base (`low_rank_sum`). The A of all projections are one skinny GEMM. dh and dB are made in one pass over dy (`rank_gradients`).
+and base (`low_rank_sum`). The A of all projections are one skinny GEMM. dh and dB are made in one
+pass over dy (`rank_gradients`).
 
 Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
 they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
