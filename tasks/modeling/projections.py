@@ -95,7 +95,7 @@ def projections_of(
     """
     group = [projection_of(layer, rounded, dtype) for layer in layers]
     rooms = rooms or Rooms()
-    if rounded is not None:
+    if rounded is not None and not torch.compiler.is_compiling():
         group = _with_low(group, rounded, dtype, rooms.below)
     if rooms.beside:
         group = [replace(p, beside=b) for p, b in zip(group, rooms.beside, strict=True)]

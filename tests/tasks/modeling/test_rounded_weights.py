@@ -135,6 +135,19 @@ def test_adapters_change_neither_loss_nor_gradient(monkeypatch, ranks):
             torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.5).step()
 
 
+def test_compiled_layers_round_their_adapters_themselves():
+    model = with_lora(tiny("llama"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    swap_kernels(model, ("mlp",))
+    right = model(**packed_batch()).loss
+    rounded = keep_rounded(model)
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+    assert model(**packed_batch()).loss == right
+    assert rounded.to_write(mlp.up_proj.lora_A["default"].weight) is None  # there is no copy
+
+
 def test_what_has_the_type_already_is_not_copied():
     rounded = RoundedWeights()
     assert rounded.of(torch.ones(2, dtype=torch.bfloat16), torch.bfloat16) is None
