@@ -93,7 +93,8 @@ def test_weights_in_4_bits():
 def test_norms_and_rope():
     x, r, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
     for residual in (None, r):
-        checked("rms_norm_forward", x, residual, w, 1e-5, 0.0)
+        for room in (0, 8):
+            checked("rms_norm_forward", x, residual, w, 1e-5, 0.0, room)
     for wants_weight in (False, True):
         checked("rms_norm_backward", x, r, x + 1, w, torch.rand(3), 1.0, wants_weight)
     q, k = torch.randn(3, 24).view(3, 3, 8).split([2, 1], dim=1)  # views into one matrix

@@ -296,7 +296,7 @@ def test_norm_reaches_far_rows(some):
     x, r, d, dt = some(), some(), some(), some()
     y, total, dx, rstd, w = far(), far(), far(), torch.empty(3), torch.randn(SEEN)
     rms_norm._rms_norm_forward_kernel[(3,)](
-        far(x), far(r), w, y, total, rstd, APART, 1.0, 0.0, True, SEEN
+        far(x), far(r), w, y, APART, total, rstd, APART, 1.0, 0.0, True, SEEN
     )  # fmt: skip
     close(y, (x + r) * w)
     close(total, x + r)
