@@ -19,9 +19,9 @@ test: $(VENV)/tested $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal -m "not gpu and not services and not slow and not extended"
 
 # Three, as many of these wait for servers or for processes that end. A file stays together: what its
-# tests share is started once. tests/conftest.py says which files come first.
+# tests share is started once. tests/conftest.py says which files come first. Threads that wait sleep.
 slow: $(VENV)/tested $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 		--durations=15 -m "(slow or services) and not gpu and not extended"
 
 extended: $(VENV)/tested $(MODEL)/config.json

@@ -1,7 +1,9 @@
 """Real parts for all tests: a real tokenizer and model, a tiny model with the same tokenizer."""
 
 import os
+import random
 import shutil
+import sys
 from pathlib import Path
 
 # Before any library is imported: no hub, no telemetry, no thread pools fighting over two cores.
@@ -29,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, in the order of LONGEST."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test begins with the same random state, whichever ran before it in this process."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # by itself 15: beside other tests 8 minutes for 1
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         size = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20}
         made = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
