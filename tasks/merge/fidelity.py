@@ -21,10 +21,10 @@ MAX_TOKENS = 512  # enough for millions of logits
 
 JUMPING = 0.05
 """Share of the tokens, those with the largest differences, that a root mean square leaves out. At
-some tokens a few attention scores are nearly even, and the least rounding tips the whole token over:
-of 12 random adapters of SmolLM2-135M-Instruct 3 had one or two such tokens in 512, which lifted the
-difference from 0.15 .. 0.23 of the adapter's effect to 0.27 .. 0.89 (measured 2026-11-23). A mistake
-in merging is in every token."""
+some tokens a few attention scores are nearly even, and the least rounding tips the whole token
+over: of 12 random adapters of SmolLM2-135M-Instruct 3 had one or two such tokens in 512, which
+lifted the difference from 0.15 .. 0.23 of the adapter's effect to 0.27 .. 0.89 (measured
+2026-11-23). A mistake in merging is in every token."""
 
 ROUNDING_FLOOR = 0.025
 """Difference through rounded weights that is no fault, as a share of the logits' standard
@@ -85,8 +85,8 @@ class Fidelity:
         return (
             f"the merged model's logits differ from those of base and adapter by "
             f"{self.rms_logit_difference:.4g} (root mean square over {self.tokens} tokens; any at "
-            f"most {self.max_logit_difference:.4g}), where the adapter changes {self.adapter_effect:.4g}"
-            + quantized
+            f"most {self.max_logit_difference:.4g}), where the adapter changes "
+            f"{self.adapter_effect:.4g}{quantized}"
         )
 
 
