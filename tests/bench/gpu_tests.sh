@@ -4,7 +4,8 @@
 #     sh tests/bench/gpu_tests.sh FOLDER_FOR_LOGS [FILE ...]
 logs=$1
 shift
-[ $# -gt 0 ] || set -- tests/kernels/test_*.py tests/tasks/modeling/test_joint_weights.py
+[ $# -gt 0 ] || set -- tests/kernels/test_*.py tests/tasks/modeling/test_joint_weights.py \
+    tests/tasks/modeling/test_recompute.py
 mkdir -p "$logs"
 printf '%s\n' "$@" |
     xargs -P 6 -I {} sh -c 'log='"$logs"'/$(basename {}).log

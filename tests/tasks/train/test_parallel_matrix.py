@@ -24,13 +24,14 @@ from tests.tasks.train.ranks import (
 )
 from tests.tasks.train.weighing_worker import Held, Weigh
 
-# The others, which share rows (context parallelism), are in `make extended`.
-IN_CI = ("ddp", "fsdp2", "zero2", "zero3")
+# Each way once; the others, and those that share rows (context parallelism), are `extended`. Full
+# weights go through all four in the chains below too.
+IN_CI = (("ddp", "lora"), ("fsdp2", "full"), ("zero2", "full"), ("zero3", "lora"))
 CELLS = [
     pytest.param(
         way,
         kind,
-        marks=[pytest.mark.slow if way in IN_CI else pytest.mark.extended]
+        marks=[pytest.mark.slow if (way, kind) in IN_CI else pytest.mark.extended]
         + [needs_deepspeed] * ("zero" in way),
         id=f"{way}-{kind}",
     )
