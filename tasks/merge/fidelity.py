@@ -7,6 +7,7 @@ difference: one logit of twenty million says little, and jumps about. So may a w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,12 @@ def compare(
 
 
 def _rms(x_TV: Tensor) -> float:
-    """Root mean square over all but the tokens where it is largest, a share of `JUMPING`."""
+    """Root mean square over all but the tokens where it is largest, a share of `JUMPING`.
+
+    NaN if anything is no number, or infinite: that is no rounding.
+    """
     squares_T = x_TV.double().square().mean(-1)
+    if not squares_T.isfinite().all():
+        return math.nan
     steady = len(squares_T) - int(JUMPING * len(squares_T))
     return squares_T.sort().values[:steady].mean().sqrt().item()

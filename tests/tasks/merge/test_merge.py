@@ -399,6 +399,9 @@ def test_tokens_that_rounding_tips_over_are_left_out_unless_they_are_many(tokens
     stored = adapted + 0.01 * torch.randn(100, 8)
     stored[:tokens] = torch.randn(tokens, 8)
     assert bool(compare(base, adapted, adapted, stored).fault(0.25)) == fault
+    for nothing in (math.nan, math.inf):
+        stored[0, 0] = nothing
+        assert compare(base, adapted, adapted, stored).fault(0.25)
 
 
 def logits_of(model, batch):
