@@ -404,6 +404,14 @@ def test_tokens_that_rounding_tips_over_are_left_out_unless_they_are_many(tokens
         assert compare(base, adapted, adapted, stored).fault(0.25)
 
 
+def test_a_mistake_in_merging_is_seen_at_a_single_token():
+    base = torch.randn(100, 8)
+    adapted = base + 0.5 * torch.randn(100, 8)
+    merged = adapted.clone()
+    merged[7] += 0.05
+    assert "of one token" in str(compare(base, adapted, merged, adapted).fault(0.25))
+
+
 def logits_of(model, batch):
     with torch.no_grad():
         return model.eval()(**batch).logits[0].float()
