@@ -3,8 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What is never imported need not be compiled: a minute of 28,000 files.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 MODEL := .regrow/models/SmolLM2-135M-Instruct
 RECIPE := configs/recipes/quickstart.yaml
 
