@@ -207,32 +207,33 @@ def forward(
     return out, h
 
 
-def _fake_backward(d, gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, dh, activation, room):
-    rows, width = gate.shape
-    return gate.new_empty(rows, 2 * width + room), a.new_empty(a.shape, dtype=torch.float32)
+def _fake_backward(d, gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a, dh, both, activation):
+    return a.new_empty(a.shape, dtype=torch.float32)
 
 
 @custom_op(
     "gated_lora_backward",
-    f"(Tensor d, Tensor gate, Tensor up, {_ADAPTERS}, Tensor dh, str activation, int room)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor d, Tensor gate, Tensor up, {_ADAPTERS}, Tensor dh, Tensor(a!) both, str activation)"
+    " -> Tensor",
     _fake_backward,
+    ("both",),
 )
 def backward(
     d: Tensor, gate: Tensor, up: Tensor, h_gate: Tensor, b_gate: Tensor, s_gate: float,
-    h_up: Tensor, b_up: Tensor, s_up: float, a: Tensor, dh: Tensor, activation: str, room: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dgate beside dup [T, 2F + room], dA [r, F] in float32) from d = dy W and dh of down.
+    h_up: Tensor, b_up: Tensor, s_up: float, a: Tensor, dh: Tensor, both: Tensor, activation: str,
+) -> Tensor:  # fmt: skip
+    """dA [r, F] in float32 from d = dy W and dh of down.
 
     Args:
-        room: columns behind the two, which are left as they are.
+        both: where dgate and dup are written, beside each other; columns behind them are left as
+            they are. d may lie where dup will: a program reads each number of d before it writes
+            there, and no other program reads it.
     """
     tile_rows, tile_columns, warps, stages, programs = _BACKWARD
     rows, width = gate.shape
-    both = gate.new_empty(rows, 2 * width + room)
     da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if not rows:
-        return both, da.zero_()
+        return da.zero_()
     strips, tiles = -(-width // tile_columns), -(-rows // tile_rows)
     parts = min(tiles, -(-programs * multiprocessors(gate.device) // strips))
     run = -(-tiles // parts) * tile_rows
@@ -241,12 +242,12 @@ def backward(
     d, dh = rows_without_gaps(d), rows_without_gaps(dh)
     given = _given(gate, up, h_gate, b_gate, s_gate, h_up, b_up, s_up, a)
     _backward_kernel[(strips, parts)](
-        d, d.stride(0), *given, dh, dh.stride(0), both, both.shape[1], da_parts, rows, width, run,
+        d, d.stride(0), *given, dh, dh.stride(0), both, both.stride(0), da_parts, rows, width, run,
         activation, _depth(a, b_gate, b_up), tile_rows, tile_columns, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     sum_parts(da_parts, da)
-    return both, da
+    return da
 
 
 def _given(

@@ -297,6 +297,13 @@ def _as_one(
     return (dys, group) if dy is None or whole is None else ([dy], [whole])
 
 
+def through_base(dy_TO: Tensor, projection: Projection, out_TI: Tensor) -> Tensor:
+    """dy W [T, I], in `out_TI` unless the weight's product makes its own memory."""
+    if isinstance(projection.weight, Float8Weight):
+        return _through_base(dy_TO, projection, None)
+    return torch.mm(dy_TO, projection.matrix(dy_TO.dtype), out=out_TI)
+
+
 def _through_base(dy_TO: Tensor, projection: Projection, dx_TI: Tensor | None) -> Tensor:
     """dx + dy W, in the memory of dx where there is one."""
     weight = projection.weight

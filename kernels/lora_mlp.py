@@ -48,6 +48,7 @@ from regrow.kernels.lora_linear import (
     project,
     project_apart,
     rank_gradients,
+    through_base,
 )
 from regrow.kernels.neighbours import Gap
 from regrow.kernels.nf4 import Nf4Weight, dequantize_below
@@ -70,8 +71,8 @@ _PER_PROJECTION = 4  # tensors
 SLICE_BYTES = 4 << 30
 """Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
 14336 in bfloat16, below the longest rows that fit otherwise."""
-SCARCE_SLICE_BYTES = 128 << 20
-"""The same where memory is short: 2,300 of those tokens."""
+SCARCE_SLICE_BYTES = 160 << 20
+"""The same where memory is short: 2,900 of those tokens, three slices of two rows of 4096."""
 _LARGEST_SLICE = 1 << 30  # bytes of gate and up: 18,700 of those tokens keep every GEMM full
 _ROW_MULTIPLE = 128  # rows of a GEMM tile
 _USUAL_WIDTH = 4  # times the hidden size, where only a weight's function knows
@@ -158,25 +159,19 @@ class _Layer:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """(dx, gradients of `tensors_of(group)`); saved: x, gate, up, their h and that of down."""
         x_TH, gate_TF, up_TF, h_TR, down_h_TR = saved
-        a_RH, down_a_RF, *bs = self.casts
+        a_RH, _, *bs = self.casts
         inner, outer = self.group[:2], self.group[2:]
         split = 2 * _PER_PROJECTION
-        kind, with_adapters, _ = self.activation
         dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
         hidden_TF = da_RF = inner_dh = None
-        if with_adapters:
-            through = input_gradient([dy_TH], None, None, outer, drops[1])
-            given = through, gate_TF, up_TF, *self._adapters(h_TR), down_a_RF, dh
-            width, ranks = gate_TF.shape[1], len(a_RH)
-            both, da_RF = gated_lora.backward(*given, kind, _room(ranks, dy_TH))
-            dgate, dup, inner_dh = both[:, : 2 * width + ranks].split([width, width, ranks], 1)
-            del given, both
+        if self.activation.with_adapters:
+            dgate, dup, inner_dh, da_RF = self._back_inside(dy_TH, dh, saved)
         else:
-            through = input_gradient([dy_TH], dh, down_a_RF, outer, drops[1])
+            through = input_gradient([dy_TH], dh, self.casts[1], outer, drops[1])
+            kind = self.activation.kind
             both, hidden_TF = swiglu.gated_backward(through, gate_TF, up_TF, kind, True)
             dgate, dup = both.chunk(2, 1)
-            del both
-        del through
+            del both, through
         of_down = parameter_gradients(
             [dy_TH], hidden_TF, dbs, dh, outer, drops[1], wanted[split:], da_RF
         )
@@ -186,6 +181,18 @@ class _Layer:
         dx = input_gradient(dys, dh, a_RH, inner, drops[0]) if wants_x else None
         of_inner = parameter_gradients(dys, x_TH, dbs, dh, inner, drops[0], wanted[:split])
         return dx, of_inner + of_down
+
+    def _back_inside(
+        self, dy_TH: Tensor, dh_TR: Any, saved: Sequence[Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dgate, dup, room for dh of both, dA of down); d = dy W waits where dup will be."""
+        _, gate_TF, up_TF, h_TR, _ = saved
+        (rows, width), ranks = gate_TF.shape, len(self.casts[0])
+        both = dy_TH.new_empty(rows, 2 * width + _room(ranks, dy_TH))
+        dgate, dup, inner_dh = both[:, : 2 * width + ranks].split([width, width, ranks], 1)
+        d_TF = through_base(dy_TH, self.group[2], dup)
+        given = d_TF, gate_TF, up_TF, *self._adapters(h_TR), self.casts[1], dh_TR
+        return dgate, dup, inner_dh, gated_lora.backward(*given, both, self.activation.kind)
 
 
 def _outer(
@@ -316,13 +323,14 @@ class _SlicedLoRAMLP(torch.autograd.Function):
         total: list[Any] = [None] * len(wanted)
         for part, drops in _slices(len(x_TH), rows, p, seeds):
             gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
-            _, down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
+            down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])[1]
             saved = x_TH[part], gate_TF, up_TF, h_TR, down_h_TR
             del gate_TF, up_TF
             dx, grads = layer.back(dy_TH[part], saved, drops, wants_x, wanted)
             _added(total, grads)
             if dx_TH is not None and dx is not None:
                 dx_TH[part] = dx
+            del saved, dx  # else the next slice's would lie beside them
         tensors = rest[5:]
         grads = [None if g is None else g.to(t.dtype) for g, t in zip(total, tensors, strict=True)]
         return like(dx_TH, dy), None, None, None, None, None, *grads

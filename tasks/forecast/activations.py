@@ -20,7 +20,7 @@ HALF, FULL = 2, 4
 KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 """As `regrow.tasks.modeling.kernels` names them."""
 
-SLICE_BYTES, SCARCE_SLICE_BYTES, LARGEST_SLICE = 4 << 30, 128 << 20, 1 << 30
+SLICE_BYTES, SCARCE_SLICE_BYTES, LARGEST_SLICE = 4 << 30, 160 << 20, 1 << 30
 """Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices."""
 LARGEST_RANK = 32
 """Of `regrow.kernels.gated_lora`: of the adapters whose updates the activation's kernel makes."""

@@ -397,19 +397,21 @@ def chunk_bytes(vocabulary: int, tokens: int, labelled: float, budget: int) -> f
 def backward_bytes(layer: Layer) -> float:
     """Bytes a token that a layer's backward pass needs beside what is kept, at its fullest.
 
-    With the kernels: gradients of the MLP's product, of gate and of up, and the product made again,
-    but where small adapters are computed inside.
+    With the kernels: gradients of the MLP's product, of gate and of up, and the product made again;
+    where small adapters are computed inside, those of gate, of up and of the input.
     Through PEFT: the product and its float32 copy, in the forward pass already. Otherwise the
     gradient of the product, since what was kept is freed as the pass goes on. And, without the
     kernels, the residual stream and the gradients of those that read it.
     """
     width, hidden = mlp_width(layer), layer.shape.hidden
     if "mlp" in layer.compute.kernels or "experts" in layer.compute.kernels:
-        share, again = slice_share(layer), 0 if adapts_inside(layer) else 1
-        if share < 1:  # of a slice also gate, up and product; of all the input's gradient and, as
-            # `tests/bench/fake_gpu.py` counts, one more line of the stream
-            return (6 + again) * HALF * width * share + 2 * HALF * hidden
-        return (3 + again) * HALF * width
+        share = slice_share(layer)
+        token = HALF * (2 * width + hidden) if adapts_inside(layer) else HALF * 4 * width
+        # As `tests/bench/fake_gpu.py` counts: one more line of the stream, beside slices as well.
+        line = HALF * hidden
+        if share < 1:  # of a slice also gate and up; of all the input's gradient
+            return (token + 2 * HALF * width) * share + line + HALF * hidden
+        return token + (line if layer.compute.scarce else 0)
     if layer.frozen:
         inside = (HALF + FULL if layer.compute.bits == 16 else 2 * HALF) * width
     else:

@@ -84,7 +84,8 @@ def cases(kind: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
             yield (*tile, programs), lambda: rank_gradients.one_pass(*given)
         return
     gate, up = made(TOKENS, 2 * WIDTH).chunk(2, 1)
-    d, dh, a = made(TOKENS, WIDTH), made(TOKENS, RANK), made(RANK, WIDTH)
+    both, dh, a = made(TOKENS, 2 * WIDTH + 32), made(TOKENS, RANK), made(RANK, WIDTH)
+    d = both[:, WIDTH : 2 * WIDTH]
     h, b = made(TOKENS, 2 * RANK), made(WIDTH, RANK)
     adapters = h[:, :RANK], b, 2.0, h[:, RANK:], b, 2.0
     for tile, programs in itertools.product(
@@ -98,7 +99,7 @@ def cases(kind: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
             gated_lora._BACKWARD = (*tile, programs)
             yield (
                 (*tile, programs),
-                lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu", 32),
+                lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, both, "silu"),
             )
 
 

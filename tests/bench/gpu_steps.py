@@ -10,11 +10,11 @@ from the link tree; the random models are made once, in memory if /dev/shm is la
 A run is `WORKLOAD[:option=value...]`; each is a process of its own that calls the worker's `train`
 on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joined by +), `gc` (0, 1,
 auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
-micro-batch), `dropout`, `fp8` (1: the frozen base in 8-bit floats), `lora`, `log` (steps between
-lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB that
-torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more steps
-under torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one more
-step: where the host waits for the device), `lag=1` (how far the device is behind the host),
+micro-batch), `dropout`, `dtype`, `fp8` (1: the frozen base in 8-bit floats), `lora`, `log` (steps
+between lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB
+that torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more
+steps under torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one
+more step: where the host waits for the device), `lag=1` (how far the device is behind the host),
 `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on the CPU with
 layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000 tokens of
 chat-like documents; `LONG:doc=400000` is one document.
@@ -24,7 +24,9 @@ card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those o
 load from disk find the models of `--models` under the same names.
 
 `curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same in
-micro-batches half as large, and with them: the first two differ by the noise of rounding alone.
+micro-batches half as large, with our kernels, and without them in float32 (products in TF32), and
+says how far each is from the first and from the last. Micro-batches round gradients otherwise, not
+what is multiplied; what bfloat16 does to the losses is the first's distance from float32.
 
 The session on a lent H100 (30 device minutes), in calls right after each other: the machine
 and /dev/shm last 30 s between two. Before it, here (wheels: ../shared/bench/README.md; 64 MiB in
@@ -141,12 +143,14 @@ def curve(text: str, options: argparse.Namespace, number: int) -> list[dict[str,
     half = max(1, workload(text, options.tiny).rows // 2)
     ours = "attention+mlp+experts+rms_norm+cross_entropy" if options.tiny else "auto"
     runs = [f"{text}{steps}:kernels=off", f"{text}{steps}:kernels=off:micro={half}"]
-    runs.append(f"{text}{steps}:kernels={ours}")
+    runs += [f"{text}{steps}:kernels={ours}", f"{text}{steps}:kernels=off:dtype=float32:fp8=0"]
     found = [run_child(run, options, 100 * number + i) for i, run in enumerate(runs)]
     if all(f["ok"] for f in found):
-        right = np.array(found[0]["losses"])
-        for f, name in zip(found[1:], ("noise of rounding", "our kernels"), strict=True):
-            apart = np.abs(np.array(f["losses"]) - right)
+        off, halves, kernels, exact = (np.array(f["losses"]) for f in found)
+        pairs = {"halves, off": (halves, off), "kernels, off": (kernels, off)}
+        pairs |= {"off, float32": (off, exact), "kernels, float32": (kernels, exact)}
+        for name, (one, other) in pairs.items():
+            apart = np.abs(one - other)
             print(f"    {name}: mean {apart.mean():.2e}, largest {apart.max():.2e}", flush=True)
     return found
 

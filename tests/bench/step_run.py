@@ -56,7 +56,7 @@ def make_job(w: Workload, models: Path, work: Path) -> Any:
     return WorkerJob(
         spec=TrainSpec(
             base_model_digest="0" * 64,
-            dtype="bfloat16",
+            dtype=w.dtype,
             global_batch_size=w.rows,
             num_epochs=1,
             max_steps=w.steps,

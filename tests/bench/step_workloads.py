@@ -53,6 +53,7 @@ class Workload:
     timed: int = 10
     tiny: bool = False
     layers: int | None = None
+    dtype: str = "bfloat16"
     kernels: str = "auto"
     gc: str = "0"
     optim: str = "adamw_torch_fused"

@@ -75,7 +75,8 @@ def test_gated_activation_with_adapters():
     h, b, a = (torch.randn(*shape).to(kind) for shape in ((5, 6), (8, 3), (3, 8)))
     given = gate, up, h[:, :3], b, 2.0, h[:, 3:], b, 1.0, a
     checked("gated_lora_forward", *given, "silu", 8)
-    checked("gated_lora_backward", torch.randn(5, 8).to(kind), *given, h[:, 1:4], "silu", 8)
+    d, both = torch.randn(5, 8).to(kind), torch.zeros(5, 24).to(kind)
+    checked("gated_lora_backward", d, *given, h[:, 1:4], both, "silu")
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="has no path without Triton")

@@ -1,5 +1,7 @@
 """The activation's kernels make the low-rank products beside it as the formula says."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,19 +46,24 @@ CASES = [(shape, "silu") for shape in SHAPES] + [
 ]
 
 
+@pytest.mark.parametrize("d_waits_there", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize(("shape", "activation"), CASES, ids=str)
-def test_equals_the_formula(agree, device, dtype, shape, activation):
+def test_equals_the_formula(agree, device, dtype, shape, activation, d_waits_there):
     d, gate, up, adapters, a, dh = given(*shape, device, dtype)
     room = len(a)
     hidden, h = gated_lora.forward(gate, up, *adapters, a, activation, room)
     assert hidden.as_strided((len(hidden), room), hidden.stride(), hidden.shape[1]).isnan().all()
-    both, da = gated_lora.backward(d, gate, up, *adapters, a, dh, activation, room)
+    both = gate.new_full((len(gate), 2 * gate.shape[1] + room), math.nan)
+    if d_waits_there:
+        d = both[:, gate.shape[1] : -room].copy_(d)
+    exact_d = d.double()
+    da = gated_lora.backward(d, gate, up, *adapters, a, dh, both, activation)
     assert both[:, -room:].isnan().all()
     assert da.dtype == torch.float32
     exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (gate, up, *adapters, a)]
     leaves = [exact[0].requires_grad_(), exact[1].requires_grad_(), exact[-1].requires_grad_()]
     right = gated_lora.reference(*exact, activation)
-    due = torch.autograd.grad(right, leaves, [d.double(), dh.double()])
+    due = torch.autograd.grad(right, leaves, [exact_d, dh.double()])
     for found, expected in zip(
         (hidden, h, *both[:, :-room].chunk(2, 1), da), (*right, *due), strict=True
     ):
@@ -66,10 +73,12 @@ def test_equals_the_formula(agree, device, dtype, shape, activation):
 @pytest.mark.skipif(INTERPRETING, reason="runs programs one after the other")
 def test_is_the_same_every_time(device, dtype):
     d, gate, up, adapters, a, dh = given(*SHAPES[1], device, dtype)
-    for made in (
-        lambda: gated_lora.forward(gate, up, *adapters, a, "silu", 0),
-        lambda: gated_lora.backward(d, gate, up, *adapters, a, dh, "silu", 0),
-    ):
+
+    def backward():
+        both = gate.new_empty(len(gate), 2 * gate.shape[1])
+        return gated_lora.backward(d, gate, up, *adapters, a, dh, both, "silu"), both
+
+    for made in (lambda: gated_lora.forward(gate, up, *adapters, a, "silu", 0), backward):
         assert all(torch.equal(x, y) for x, y in zip(made(), made(), strict=True))
 
 

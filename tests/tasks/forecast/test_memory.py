@@ -247,4 +247,5 @@ def test_the_product_is_made_again_where_the_kernel_does_not_take_the_updates(ch
     shape = model_shape(LLAMA_8B | {"mlp_bias": bias})
     trainable = with_adapter(shape, AdapterSettings(r=16, alpha=32, target_linear=True))
     (layer, *_) = Setting(shape, trainable, 64, **changes).layers()
-    assert backward_bytes(layer) == (3 + again) * 2 * LLAMA_8B["intermediate_size"]
+    width, hidden = LLAMA_8B["intermediate_size"], LLAMA_8B["hidden_size"]
+    assert backward_bytes(layer) == 2 * (4 * width if again else 2 * width + hidden)
