@@ -226,8 +226,8 @@ def backward(
 
     Args:
         both: where dgate and dup are written, beside each other; columns behind them are left as
-            they are. d may lie where dup will: a program reads each number of d before it writes
-            there, and no other program reads it.
+            they are. d, or gate and up, may lie there: a program reads each number before it
+            writes to its place, and no other program reads it.
     """
     tile_rows, tile_columns, warps, stages, programs = _BACKWARD
     rows, width = gate.shape

@@ -162,21 +162,47 @@ def _as_joint_products(
 
 
 def project_apart(
-    x_TI: Tensor, group: Sequence[Projection], a_RI: Tensor, drop: Drop
+    x_TI: Tensor,
+    group: Sequence[Projection],
+    a_RI: Tensor,
+    drop: Drop,
+    out_TK: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(x W^T [T, O] of each projection ..., h [T, R] of all), not added up."""
+    """(x W^T [T, O] of each projection ..., h [T, R] of all), not added up.
+
+    Args:
+        out_TK: of at least as many columns, which they are written to unless the weights' products
+            make their own memory.
+    """
     joint = below_with_adapters(group, a_RI, drop)
     if joint is None:
-        return *project_bases(x_TI, group), dropped(x_TI, drop) @ a_RI.t()
-    return (x_TI @ joint.t()).split([*_widths(group), len(a_RI)], 1)
+        return *project_bases(x_TI, group, out_TK), dropped(x_TI, drop) @ a_RI.t()
+    widths = [*_widths(group), len(a_RI)]
+    return _product(x_TI, joint, out_TK).split(widths, 1)
 
 
-def project_bases(x_TI: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
+def project_bases(
+    x_TI: Tensor, group: Sequence[Projection], out_TK: Tensor | None = None
+) -> Sequence[Tensor]:
     """x W^T [T, O] of each projection; columns of one matrix where the weights are neighbours."""
-    whole = below(group, x_TI.dtype) if all(p.bias is None for p in group) else None
+    plain = all(p.bias is None for p in group)
+    whole = below(group, x_TI.dtype) if plain else None
     frozen = [replace(p, a=None, b=None) for p in group] if whole is None else [whole]
-    ys, _ = project(x_TI, frozen, None, [None] * len(frozen), (0.0, 0))
+    if out_TK is not None and plain and not _is_float8(group):
+        ys, start = [], 0
+        for projection in frozen:
+            ys.append(_product(x_TI, projection.matrix(x_TI.dtype), out_TK[:, start:]))
+            start += ys[-1].shape[1]
+    else:
+        ys, _ = project(x_TI, frozen, None, [None] * len(frozen), (0.0, 0))
     return ys if whole is None else ys[0].split(_widths(group), 1)
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, out_TK: Tensor | None) -> Tensor:
+    """x W^T [T, O], in the first columns of `out_TK` where it is given."""
+    if out_TK is None:
+        return x_TI @ weight_OI.t()
+    return torch.mm(x_TI, weight_OI.t(), out=out_TK[:, : len(weight_OI)])
 
 
 def _widths(group: Sequence[Projection]) -> list[int]:
@@ -297,9 +323,9 @@ def _as_one(
     return (dys, group) if dy is None or whole is None else ([dy], [whole])
 
 
-def through_base(dy_TO: Tensor, projection: Projection, out_TI: Tensor) -> Tensor:
-    """dy W [T, I], in `out_TI` unless the weight's product makes its own memory."""
-    if isinstance(projection.weight, Float8Weight):
+def through_base(dy_TO: Tensor, projection: Projection, out_TI: Tensor | None) -> Tensor:
+    """dy W [T, I], in `out_TI` if given, unless the weight's product makes its own memory."""
+    if out_TI is None or isinstance(projection.weight, Float8Weight):
         return _through_base(dy_TO, projection, None)
     return torch.mm(dy_TO, projection.matrix(dy_TO.dtype), out=out_TI)
 

@@ -30,6 +30,7 @@ Shape legend: T tokens, H hidden size, F width of the hidden layer, R ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -72,8 +73,10 @@ SLICE_BYTES = 4 << 30
 """Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
 14336 in bfloat16, below the longest rows that fit otherwise."""
 SCARCE_SLICE_BYTES = 160 << 20
-"""The same where memory is short: 2,900 of those tokens, three slices of two rows of 4096."""
+"""The same where memory is short: 2,900 of those tokens, from where slices take less, although the
+matrices of all three layers lie beside them."""
 _LARGEST_SLICE = 1 << 30  # bytes of gate and up: 18,700 of those tokens keep every GEMM full
+_LARGER = 1.5  # times those bytes is a slice at most: where short, two slices of two rows of 4096
 _ROW_MULTIPLE = 128  # rows of a GEMM tile
 _USUAL_WIDTH = 4  # times the hidden size, where only a weight's function knows
 
@@ -118,12 +121,14 @@ class _Layer:
         down_a_RF, down_bs = cast_adapters([down], dtype)
         return cls(group, [a_RH, down_a_RF, *bs, *down_bs], activation)
 
-    def inner(self, x_TH: Tensor, drop: Drop) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(gate [T, F], up [T, F], h [T, R] of both)."""
+    def inner(
+        self, x_TH: Tensor, drop: Drop, work_TK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(gate [T, F], up [T, F], h [T, R] of both); in `work`, see there, where it is given."""
         a_RH, _, *bs, _ = self.casts
         group = self.group[:2]
         if self.activation.with_adapters:
-            gate_TF, up_TF, h_TR = project_apart(x_TH, group, a_RH, drop)
+            gate_TF, up_TF, h_TR = project_apart(x_TH, group, a_RH, drop, work_TK)
             return gate_TF, up_TF, h_TR
         (gate_TF, up_TF), h_TR = project(x_TH, group, a_RH, bs, drop)
         return gate_TF, up_TF, h_TR
@@ -154,10 +159,32 @@ class _Layer:
         down, bs, behind = self.group[2:], self.casts[4:], self.activation.behind
         return _outer(hidden_TF, h_TR, down, bs, residual_TH, behind)
 
+    def work(self, like: Tensor) -> Tensor | None:
+        """Room for dgate, dup and dh of both, next to each other [T, 2F + R and more].
+
+        None where the kernels do not take the adapters.
+        """
+        if not self.activation.with_adapters:
+            return None
+        ranks, multiple = len(self.casts[0]), ROW_BYTES // like.element_size()
+        width = len(self.casts[2])  # of B of gate
+        return like.new_empty(len(like), 2 * width + -(-ranks // multiple) * multiple)
+
     def back(
-        self, dy_TH: Tensor, saved: Sequence[Any], drops: Drops, wants_x: bool, wanted: list[bool]
+        self,
+        dy_TH: Tensor,
+        saved: Sequence[Any],
+        drops: Drops,
+        wants_x: bool,
+        wanted: list[bool],
+        work_TK: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(dx, gradients of `tensors_of(group)`); saved: x, gate, up, their h and that of down."""
+        """(dx, gradients of `tensors_of(group)`).
+
+        Args:
+            saved: x, gate, up, their h and that of down.
+            work_TK: where gate and up lie, if they may be overwritten.
+        """
         x_TH, gate_TF, up_TF, h_TR, down_h_TR = saved
         a_RH, _, *bs = self.casts
         inner, outer = self.group[:2], self.group[2:]
@@ -165,7 +192,7 @@ class _Layer:
         dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
         hidden_TF = da_RF = inner_dh = None
         if self.activation.with_adapters:
-            dgate, dup, inner_dh, da_RF = self._back_inside(dy_TH, dh, saved)
+            dgate, dup, inner_dh, da_RF = self._back_inside(dy_TH, dh, saved, work_TK)
         else:
             through = input_gradient([dy_TH], dh, self.casts[1], outer, drops[1])
             kind = self.activation.kind
@@ -183,14 +210,18 @@ class _Layer:
         return dx, of_inner + of_down
 
     def _back_inside(
-        self, dy_TH: Tensor, dh_TR: Any, saved: Sequence[Any]
+        self, dy_TH: Tensor, dh_TR: Any, saved: Sequence[Any], work_TK: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(dgate, dup, room for dh of both, dA of down); d = dy W waits where dup will be."""
+        """(dgate, dup, room for dh of both, dA of down).
+
+        Without `work`, d = dy W waits where dup will be; with it, gate and up do.
+        """
         _, gate_TF, up_TF, h_TR, _ = saved
-        (rows, width), ranks = gate_TF.shape, len(self.casts[0])
-        both = dy_TH.new_empty(rows, 2 * width + _room(ranks, dy_TH))
+        width, ranks = gate_TF.shape[1], len(self.casts[0])
+        both = self.work(gate_TF) if work_TK is None else work_TK
+        assert both is not None
         dgate, dup, inner_dh = both[:, : 2 * width + ranks].split([width, width, ranks], 1)
-        d_TF = through_base(dy_TH, self.group[2], dup)
+        d_TF = through_base(dy_TH, self.group[2], dup if work_TK is None else None)
         given = d_TF, gate_TF, up_TF, *self._adapters(h_TR), self.casts[1], dh_TR
         return dgate, dup, inner_dh, gated_lora.backward(*given, both, self.activation.kind)
 
@@ -209,18 +240,12 @@ def _outer(
     return y_TH
 
 
-def _room(ranks: int, like: Tensor) -> int:
-    """Columns for them behind others, so that every row begins where it should."""
-    multiple = ROW_BYTES // like.element_size()
-    return -(-ranks // multiple) * multiple
-
-
 def _slice_rows(tokens: int, width: int, element: int, most: int) -> int:
     """Rows of a slice; 0 for no slices, where gate and up fit into `most` bytes."""
     whole = 2 * width * element * tokens
     if whole <= most:
         return 0
-    slices = -(-whole // min(most, _LARGEST_SLICE))
+    slices = max(2, math.ceil(whole / min(_LARGER * most, _LARGEST_SLICE)))
     return -(-tokens // slices // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
@@ -322,15 +347,18 @@ class _SlicedLoRAMLP(torch.autograd.Function):
         dx_TH = torch.empty_like(x_TH) if wants_x else None
         total: list[Any] = [None] * len(wanted)
         for part, drops in _slices(len(x_TH), rows, p, seeds):
-            gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0])
+            work_TK = layer.work(x_TH[part])
+            gate_TF, up_TF, h_TR = layer.inner(x_TH[part], drops[0], work_TK)
+            if work_TK is not None and h_TR is not None:
+                h_TR = h_TR.clone()  # dh takes its place
             down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])[1]
             saved = x_TH[part], gate_TF, up_TF, h_TR, down_h_TR
             del gate_TF, up_TF
-            dx, grads = layer.back(dy_TH[part], saved, drops, wants_x, wanted)
+            dx, grads = layer.back(dy_TH[part], saved, drops, wants_x, wanted, work_TK)
             _added(total, grads)
             if dx_TH is not None and dx is not None:
                 dx_TH[part] = dx
-            del saved, dx  # else the next slice's would lie beside them
+            del saved, dx, work_TK  # else the next slice's would lie beside them
         tensors = rest[5:]
         grads = [None if g is None else g.to(t.dtype) for g, t in zip(total, tensors, strict=True)]
         return like(dx_TH, dy), None, None, None, None, None, *grads
@@ -418,7 +446,7 @@ def lora_mlp(
         dropout: probability of the low-rank paths' dropout; gate and up share a mask.
         residual: like the result, which it is added to.
         slice_bytes: where gate and up of all tokens take more, they are not saved but made again,
-            a slice of the tokens at a time.
+            a slice of the tokens at a time, of at most half as much again.
 
     Raises:
         ValueError: when shapes do not fit together, or the activation is not known.

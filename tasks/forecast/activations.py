@@ -8,6 +8,7 @@ worker lets the embedding follow autocast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ KERNELS = ("attention", "mlp", "experts", "rms_norm", "cross_entropy")
 """As `regrow.tasks.modeling.kernels` names them."""
 
 SLICE_BYTES, SCARCE_SLICE_BYTES, LARGEST_SLICE = 4 << 30, 160 << 20, 1 << 30
-"""Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices."""
+LARGER_SLICE = 1.5
+"""Of `regrow.kernels.lora_mlp`: above so many bytes of gate and up the tokens go in slices, two or
+more, of at most so many times that."""
 LARGEST_RANK = 32
 """Of `regrow.kernels.gated_lora`: of the adapters whose updates the activation's kernel makes."""
 
@@ -271,7 +274,7 @@ def slice_share(layer: Layer) -> float:
     most = SCARCE_SLICE_BYTES if layer.compute.scarce else SLICE_BYTES
     if whole <= most:
         return 1.0
-    slices = -(-whole // min(most, LARGEST_SLICE))
+    slices = max(2, math.ceil(whole / min(LARGER_SLICE * most, LARGEST_SLICE)))
     return min(1.0, -(-tokens // slices // 128) * 128 / tokens)
 
 

@@ -405,12 +405,13 @@ def backward_bytes(layer: Layer) -> float:
     """
     width, hidden = mlp_width(layer), layer.shape.hidden
     if "mlp" in layer.compute.kernels or "experts" in layer.compute.kernels:
-        share = slice_share(layer)
-        token = HALF * (2 * width + hidden) if adapts_inside(layer) else HALF * 4 * width
+        share, inside = slice_share(layer), adapts_inside(layer)
         # As `tests/bench/fake_gpu.py` counts: one more line of the stream, beside slices as well.
         line = HALF * hidden
-        if share < 1:  # of a slice also gate and up; of all the input's gradient
-            return (token + 2 * HALF * width) * share + line + HALF * hidden
+        if share < 1:  # of a slice also gate and up, whose gradients may take their place; of all
+            # the input's gradient
+            return HALF * (3 if inside else 6) * width * share + line + HALF * hidden
+        token = HALF * (2 * width + hidden) if inside else HALF * 4 * width
         return token + (line if layer.compute.scarce else 0)
     if layer.frozen:
         inside = (HALF + FULL if layer.compute.bits == 16 else 2 * HALF) * width

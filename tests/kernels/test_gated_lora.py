@@ -46,21 +46,23 @@ CASES = [(shape, "silu") for shape in SHAPES] + [
 ]
 
 
-@pytest.mark.parametrize("d_waits_there", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("waits_there", ["nothing", "d", "gate and up"])
 @pytest.mark.parametrize(("shape", "activation"), CASES, ids=str)
-def test_equals_the_formula(agree, device, dtype, shape, activation, d_waits_there):
+def test_equals_the_formula(agree, device, dtype, shape, activation, waits_there):
     d, gate, up, adapters, a, dh = given(*shape, device, dtype)
     room = len(a)
     hidden, h = gated_lora.forward(gate, up, *adapters, a, activation, room)
     assert hidden.as_strided((len(hidden), room), hidden.stride(), hidden.shape[1]).isnan().all()
     both = gate.new_full((len(gate), 2 * gate.shape[1] + room), math.nan)
-    if d_waits_there:
-        d = both[:, gate.shape[1] : -room].copy_(d)
-    exact_d = d.double()
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (gate, up, *adapters, a)]
+    exact_d, (of_gate, of_up) = d.double(), both[:, :-room].chunk(2, 1)
+    if waits_there == "d":
+        d = of_up.copy_(d)
+    elif waits_there == "gate and up":
+        gate, up = of_gate.copy_(gate), of_up.copy_(up)
     da = gated_lora.backward(d, gate, up, *adapters, a, dh, both, activation)
     assert both[:, -room:].isnan().all()
     assert da.dtype == torch.float32
-    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (gate, up, *adapters, a)]
     leaves = [exact[0].requires_grad_(), exact[1].requires_grad_(), exact[-1].requires_grad_()]
     right = gated_lora.reference(*exact, activation)
     due = torch.autograd.grad(right, leaves, [exact_d, dh.double()])
