@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regrow.kernels.backend import custom_op
 from regrow.kernels.cross_entropy_rows import losses_and_gradients
@@ -40,7 +41,11 @@ IGNORED = -100  # Hugging Face's label of tokens that are not trained
 LOGITS_BYTES = 5 << 28
 SCARCE_LOGITS_BYTES = 1 << 28
 """The same where memory is short: 512 rows of 128256 columns still keep each product full."""
-_ROW_MULTIPLE = 128  # rows of a GEMM tile
+_ROW_MULTIPLE = 128
+"""Rows of a GEMM tile. On CUDA rows of zeros make the last chunk a multiple too: cuBLAS looks for a
+kernel for every new number of rows, and to load one waits for the device. In two steps of three the
+host did wait about here, and in one of fourteen since (with the last layer's rows as
+`regrow.tasks.modeling.batches` counts them; H100, 2026-11-23)."""
 _COLUMN_MULTIPLE = 8  # 16-byte rows of bfloat16, which cuBLAS needs for its fast kernels
 
 
@@ -124,11 +129,13 @@ def _linear_cross_entropy(
     """(losses [N], log-probs [N], dhidden [N, H] or [0], dhead [V, H] or [0]) of the sum."""
     if rows_n is None:
         rows_n = (targets_N != IGNORED).nonzero()[:, 0]
-    targets_n = targets_N.index_select(0, rows_n)
-    some = torch.ones_like(targets_n, dtype=torch.float32)
+    n, more = len(rows_n), _rows_more(rows_n)
+    some = torch.ones_like(rows_n, dtype=torch.float32)
     weights_n = some if weights_N is None else weights_N.index_select(0, rows_n).float()
-    losses_n, log_probs_n = torch.empty(2, len(rows_n), device=hidden_NH.device)
-    hidden_nH = hidden_NH.index_select(0, rows_n)
+    weights_n = pad(weights_n, (0, more))  # more rows have no loss, whatever their target
+    targets_n = pad(targets_N.index_select(0, rows_n), (0, more))
+    losses_n, log_probs_n = torch.empty(2, n + more, device=hidden_NH.device)
+    hidden_nH = _taken(hidden_NH, rows_n, more)
     dhidden_nH = torch.empty_like(hidden_nH) if flags[0] else None
     rows = _chunk_rows(len(hidden_NH), _padded(len(head_VH)), budget)
     kind = _sum_dtype(head_VH, len(hidden_NH), rows, flags[2])
@@ -139,13 +146,27 @@ def _linear_cross_entropy(
     )  # fmt: skip
     dhidden_NH = torch.zeros_like(hidden_NH) if flags[0] else hidden_NH.new_empty(0)
     if dhidden_nH is not None:
-        dhidden_NH.index_copy_(0, rows_n, dhidden_nH)
+        dhidden_NH.index_copy_(0, rows_n, dhidden_nH[:n])
     return (
-        _scattered(losses_n, rows_n, targets_N),
-        _scattered(log_probs_n, rows_n, targets_N),
+        _scattered(losses_n[:n], rows_n, targets_N),
+        _scattered(log_probs_n[:n], rows_n, targets_N),
         dhidden_NH,
         hidden_NH.new_empty(0) if dhead_VH is None else dhead_VH,
     )
+
+
+def _rows_more(rows_n: Tensor) -> int:
+    """Rows of zeros behind those with a target."""
+    return -len(rows_n) % _ROW_MULTIPLE if rows_n.is_cuda else 0
+
+
+def _taken(hidden_NH: Tensor, rows_n: Tensor, more: int) -> Tensor:
+    """[n + more, H]: the rows, then zeros."""
+    n = len(rows_n)
+    taken = hidden_NH.new_empty(n + more, hidden_NH.shape[1])
+    torch.index_select(hidden_NH, 0, rows_n, out=taken[:n])
+    taken[n:] = 0
+    return taken
 
 
 def _scattered(values_n: Tensor, rows_n: Tensor, like_N: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ them. Not there where it had better give all."""
 # Few enough sizes that kernels and the allocator see the same ones again, and a multiple of the
 # depth of cuBLAS's tiles, as in `regrow.tasks.train.loader`.
 _ROW_MULTIPLE = 64
+_SIZES = 32  # of the last layer at most: each is one more that cuBLAS looks for a kernel for
 # What is taken of attention's result is kept beside it. The rest of the layer keeps 2 I + 2 H of
 # each row: an eighth of the rows less pays for 7/8 H where I >= 2.5 H (Llama-2-7B has 2.7 H).
 _MOST_TAKEN = 7 / 8
@@ -88,12 +89,13 @@ def rows_to_learn(targets_T: Tensor) -> dict[str, Tensor]:
     """`supervised_rows`, int64: positions whose next token is learnt, and `last_layer_rows`.
 
     They are found here, on the host, so that no device need be waited for. The last layer's rows
-    are the supervised ones and as many of the first others as make up a multiple of 64.
+    are the supervised ones and as many of the first others as make up a multiple of a 32nd of all,
+    or of 64.
     """
     learnt_T = targets_T != IGNORED
     found = {SUPERVISED_ROWS: learnt_T.nonzero()[:, 0]}
     supervised = len(found[SUPERVISED_ROWS])
-    more = -supervised % _ROW_MULTIPLE
+    more = -supervised % (_ROW_MULTIPLE * max(1, len(targets_T) // (_ROW_MULTIPLE * _SIZES)))
     if supervised > 0 and supervised + more <= _MOST_TAKEN * len(targets_T):
         learnt_T[(~learnt_T).nonzero()[:more, 0]] = True
         found[LAST_ROWS] = learnt_T.nonzero()[:, 0]

@@ -30,8 +30,11 @@ PIECE_BYTES = 64 << 20
 """Of pinned memory at a time: at most one piece of each tensor is not full."""
 _LEAST_BYTES = 1 << 20  # smaller ones cost more in launches than they free
 _ON_THEIR_WAY = 2
-"""Tensors that the host sends before it waits for the first: as many layers it is ahead of the
-device, so that a slow one does not let the device wait. The forward pass has memory to spare."""
+"""Tensors on their way to the host whose memory is not yet given back: the device has a layer's
+time for each copy before a layer waits for its memory."""
+_AHEAD = 8
+"""Tensors sent before the host waits for the first. As many layers it may be ahead of the device,
+which has work while the host is slow; more would not find pinned memory of the step before free."""
 
 
 @dataclass
@@ -95,6 +98,7 @@ class _Host:
         self._here: deque[_Saved] = deque()
         self._newest: _Saved | None = None
         self._leaving: deque[tuple[Any, Tensor]] = deque()
+        self._sent: deque[Any] = deque()
         self.bytes = 0
         """Held by the host when the forward pass has ended."""
 
@@ -136,7 +140,6 @@ class _Host:
         if not tensor.is_cuda:
             saved.pieces = [part.clone() for part in parts]
             return
-        # The host would run far ahead of the device, and every layer would wait for its copy there.
         self._let_go(_ON_THEIR_WAY - 1)
         saved.pieces = [torch.empty(len(p), dtype=torch.uint8, pin_memory=True) for p in parts]
         stream = copy_stream(tensor.device)
@@ -147,9 +150,17 @@ class _Host:
             self._leaving.append((stream.record_event(), tensor))
 
     def _let_go(self, number: int) -> None:
-        """Give up the tensors that are leaving, but for so many, once their copies are made."""
+        """Give up the tensors that are leaving, but for so many.
+
+        What the device does from now on waits for their copies, as it may take their memory; the
+        host goes on, but for `_AHEAD`.
+        """
         while len(self._leaving) > number:
-            self._leaving.popleft()[0].synchronize()
+            copied, tensor = self._leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(copied)
+            self._sent.append(copied)
+        while len(self._sent) > _AHEAD:
+            self._sent.popleft().synchronize()
 
     def unpack(self, packed: Any) -> Tensor:
         """The tensor, on its device."""

@@ -14,10 +14,10 @@ micro-batch), `dropout`, `dtype`, `fp8` (1: the frozen base in 8-bit floats), `l
 between lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB
 that torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more
 steps under torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one
-more step: where the host waits for the device), `lag=1` (how far the device is behind the host),
-`watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on the CPU with
-layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000 tokens of
-chat-like documents; `LONG:doc=400000` is one document.
+more step: where the host waits for the device), `lag=1` (how far the device is behind the host, at
+layers too), `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on
+the CPU with layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000
+tokens of chat-like documents; `LONG:doc=400000` is one document.
 
 W2 and LONG want the package bitsandbytes. Peers in the same call, taking turns with ours on one
 card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 _SETTLED = 4  # steps before the host is as far ahead as it will be
+_LAYER = "DecoderLayer"  # how the classes of Transformers' layers end
+_EVERY = 8  # layers between two that are told
 
 
 class Lag(TrainerCallback):
@@ -17,6 +19,8 @@ class Lag(TrainerCallback):
 
     def __init__(self) -> None:
         self._steps: list[list[tuple[str, float, Any]]] = []
+        self._layers: list[list[tuple[float, Any]]] = []
+        """Of each step, where a layer begins: forward, and again where it is recomputed."""
         self._begin: tuple[float, Any] | None = None
 
     def _mark(self, name: str) -> None:
@@ -34,8 +38,21 @@ class Lag(TrainerCallback):
         event.record()
         return event
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        model.register_forward_hook(lambda *_: self._mark("forward pass ends"))
+        for name, module in model.named_modules():
+            if type(module).__name__.endswith(_LAYER):
+                module.register_forward_pre_hook(self._layer_begins)
+            if name.endswith("lm_head"):
+                module.register_forward_pre_hook(lambda *_: self._mark("head begins"))
+
+    def _layer_begins(self, *_: Any) -> None:
+        self._layers[-1].append((time.monotonic(), self._event()))
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps.append([])
+        self._layers.append([])
         self._mark("step begins")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,4 +79,16 @@ class Lag(TrainerCallback):
                     lag[name].append(first.elapsed_time(event) - 1e3 * (at - start))
                 before = at
         middle = statistics.median
-        return {name: [round(middle(took[name]), 1), round(middle(lag[name]), 1)] for name in took}
+        found = {name: [round(middle(took[name]), 1), round(middle(lag[name]), 1)] for name in took}
+        return found | self._of_layers(start, first)
+
+    def _of_layers(self, start: float, first: Any) -> dict[str, list[float]]:
+        """{a step's layer: [host's milliseconds since the layer before that is told, lag]}."""
+        found = {}
+        for number, points in enumerate(self._layers[_SETTLED:], _SETTLED):
+            for at in range(0, len(points), _EVERY):
+                host, event = points[at]
+                lag = first.elapsed_time(event) - 1e3 * (host - start)
+                took = 1e3 * (host - points[max(at - _EVERY, 0)][0])
+                found[f"{number}.{at}"] = [round(took, 1), round(lag, 1)]
+        return found

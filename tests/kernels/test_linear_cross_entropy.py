@@ -30,6 +30,13 @@ def targets_of(rows, columns, device):
     return targets.to(device)
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "whole tiles"])
+def whole_tiles(request, monkeypatch):
+    """Rows of zeros behind the others, here as on CUDA."""
+    if request.param:
+        monkeypatch.setattr(module, "_rows_more", lambda rows_n: -len(rows_n) % 128)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_formula(check_gradients, random, device, options):
     rows, size, columns = 11, 24, 301

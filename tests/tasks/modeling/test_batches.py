@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.tasks.modeling.batches import flatten
+from regrow.tasks.modeling.batches import flatten, rows_to_learn
 
 
 def row(ids, mask, lengths):
@@ -95,3 +95,13 @@ def test_the_last_layer_gives_all_rows_where_few_could_be_left_out(supervised):
     batch = flatten([row(np.ones(511), mask, [511])], multiple_of=64)
     assert len(batch["supervised_rows"]) == supervised
     assert "last_layer_rows" not in batch
+
+
+def test_the_last_layer_gives_few_numbers_of_rows():
+    """However many are supervised: a kernel's sizes are looked for once each."""
+    numbers = set()
+    for supervised in range(1, 7168, 97):
+        mask = np.arange(8192) < supervised
+        targets = torch.from_numpy(np.where(mask, 1, -100))
+        numbers.add(len(rows_to_learn(targets)["last_layer_rows"]))
+    assert numbers == set(range(256, 7169, 256))
