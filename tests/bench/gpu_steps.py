@@ -9,24 +9,25 @@ from the link tree; the random models are made once, in memory if /dev/shm is la
 
 A run is `WORKLOAD[:option=value...]`; each is a process of its own that calls the worker's `train`
 on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joined by +), `gc` (0, 1,
-auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `warmup`, `timed`, `micro` (rows of a
-micro-batch), `dropout`, `dtype`, `fp8` (1: the frozen base in 8-bit floats), `lora`, `log` (steps
-between lines of the log; each waits for the device), `doc` (tokens of every document), `room` (GiB
-that torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more
-steps under torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one
-more step: where the host waits for the device), `lag=1` (how far the device is behind the host, at
-layers too), `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on
-the CPU with layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000
-tokens of chat-like documents; `LONG:doc=400000` is one document.
+auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `seed`, `warmup`, `timed`, `micro`
+(rows of a micro-batch), `dropout`, `dtype`, `fp8` (1: the frozen base in 8-bit floats), `lora`,
+`log` (steps between lines of the log; each waits for the device), `doc` (tokens of every document),
+`room` (GiB that torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1`
+(two more steps under torch.profiler: kernels by kind, the longest, the device's idle time),
+`sync=1` (one more step: where the host waits for the device), `lag=1` (how far the device is behind
+the host, at layers too), `watch=1` (the card's clock and power in the timed steps). `--tiny` runs
+everything on the CPU with layers of width 64: it proves the way and measures nothing. LONG is one
+row of 400,000 tokens of chat-like documents; `LONG:doc=400000` is one document.
 
 W2 and LONG want the package bitsandbytes. Peers in the same call, taking turns with ours on one
 card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that
 load from disk find the models of `--models` under the same names.
 
-`curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same in
-micro-batches half as large, with our kernels, and without them in float32 (products in TF32), and
-says how far each is from the first and from the last. Micro-batches round gradients otherwise, not
-what is multiplied; what bfloat16 does to the losses is the first's distance from float32.
+`curve:` before a workload trains `timed` steps (200 unless told) without our kernels, the same
+again, in micro-batches half as large and with another seed of the adapter, with our kernels, and
+without them in float32 (products in TF32), and says how far each is from the first and from the
+last. Run again, sums of atomic additions differ; micro-batches round gradients otherwise; what
+bfloat16 does to the losses is the first's distance from float32.
 
 The session on a lent H100 (30 device minutes), in calls right after each other: the machine
 and /dev/shm last 30 s between two. Before it, here (wheels: ../shared/bench/README.md; 64 MiB in
@@ -48,7 +49,7 @@ Every command begins with P:
               (tests 110 s; the first run makes the model: 40 s; ours 50 s, a peer 80 s)
     2  560 s  P; $S --limit 150 curve:W1:layers=4 curve:W1:layers=4:fp8=1; $S --limit 230
               LONG:seq=40000:rows=10:micro=1:gc=offload:log=1:warmup=0:timed=1 LONG
-              (each curve more than 110 s: three trainings; LONG 100 s at least and the short check
+              (each curve more than 220 s: six trainings; LONG 100 s at least and the short check
               60, beside making the model; pinned memory is what it wants most: 98 GiB; models in
               /tmp took more than twice as long to load as in /dev/shm, so move them there late)
     3  530 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc W3:warmup=8
@@ -138,21 +139,28 @@ def shown(found: dict[str, Any]) -> str:
 
 
 def curve(text: str, options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
-    """Losses with and without kernels, and how far each is from those without."""
+    """Losses with and without kernels, and how far curves are from each other.
+
+    The reference's noise from run to run is how far it is from itself: run again, in half
+    micro-batches, and with other first values of its adapter.
+    """
     steps = ":log=1" if "timed=" in text or options.tiny else ":log=1:timed=200"
     half = max(1, workload(text, options.tiny).rows // 2)
     ours = "attention+mlp+experts+rms_norm+cross_entropy" if options.tiny else "auto"
-    runs = [f"{text}{steps}:kernels=off", f"{text}{steps}:kernels=off:micro={half}"]
-    runs += [f"{text}{steps}:kernels={ours}", f"{text}{steps}:kernels=off:dtype=float32:fp8=0"]
-    found = [run_child(run, options, 100 * number + i) for i, run in enumerate(runs)]
-    if all(f["ok"] for f in found):
-        off, halves, kernels, exact = (np.array(f["losses"]) for f in found)
-        pairs = {"halves, off": (halves, off), "kernels, off": (kernels, off)}
-        pairs |= {"off, float32": (off, exact), "kernels, float32": (kernels, exact)}
-        for name, (one, other) in pairs.items():
-            apart = np.abs(one - other)
-            print(f"    {name}: mean {apart.mean():.2e}, largest {apart.max():.2e}", flush=True)
-    return found
+    off = f"{text}{steps}:kernels=off"
+    runs = {"off": off, "again": off, "halves": f"{off}:micro={half}"}
+    if workload(text, options.tiny).lora:
+        runs["seed"] = f"{off}:seed=7"
+    runs |= {"kernels": f"{text}{steps}:kernels={ours}", "float32": f"{off}:dtype=float32:fp8=0"}
+    found = {name: run_child(runs[name], options, 100 * number + n) for n, name in enumerate(runs)}
+    if all(f["ok"] for f in found.values()):
+        losses = {name: np.array(f["losses"]) for name, f in found.items()}
+        pairs = [(name, "off") for name in runs if name not in ("off", "float32")]
+        for one, other in [*pairs, ("off", "float32"), ("kernels", "float32")]:
+            apart = np.abs(losses[one] - losses[other])
+            most = np.sort(apart)[-3:][::-1]
+            print(f"    {one}, {other}: mean {apart.mean():.2e}, largest {most}", flush=True)
+    return list(found.values())
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ def make_job(w: Workload, models: Path, work: Path) -> Any:
         spec=TrainSpec(
             base_model_digest="0" * 64,
             dtype=w.dtype,
+            seed=w.seed,
             global_batch_size=w.rows,
             num_epochs=1,
             max_steps=w.steps,

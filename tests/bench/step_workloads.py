@@ -49,6 +49,8 @@ class Workload:
     """Rows of a step."""
     seq: int = 4096
     lr: float = 1e-4
+    seed: int = 42
+    """Of an adapter's first values; rows come in their stored order."""
     warmup: int = 4
     timed: int = 10
     tiny: bool = False
