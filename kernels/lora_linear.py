@@ -55,6 +55,7 @@ from regrow.kernels.low_rank_sum import low_rank_sum, takes_sum
 from regrow.kernels.matmul import matmul_exact
 from regrow.kernels.neighbours import Gap, columns_of_one, rows_of_one
 from regrow.kernels.projection import (
+    Constants,
     Drop,
     Projection,
     below,
@@ -66,7 +67,9 @@ from regrow.kernels.projection import (
     dropped,
     group_of,
     held,
+    keeps_low,
     tensors_of,
+    to_keep,
 )
 from regrow.kernels.rank_gradients import one_pass
 
@@ -90,9 +93,8 @@ def cast_adapters(
     group: Sequence[Projection], dtype: torch.dtype
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(all A in one matrix [R, I], B of each projection), as the products take them."""
-    kept: list[Any] = [projection.low for projection in group if projection.a is not None]
-    if kept and all(low is not None and low[0].dtype == dtype for low in kept):
-        parts = [a for a, _ in kept]
+    if keeps_low(group, dtype):
+        parts = [p.low[0] for p in group if p.low is not None]
         joint = rows_of_one(parts)
         bs = [None if p.low is None else p.low[1] for p in group]
         return torch.cat(parts) if joint is None else joint, bs
@@ -105,6 +107,18 @@ def cast_adapters(
     if not matrices:
         return None, bs
     return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype), bs
+
+
+def kept_group(
+    kept: Sequence[Any], constants: Sequence[Constants], dtype: torch.dtype
+) -> tuple[list[Projection], list[Any]]:
+    """(the projections, [all A, B of each]) from what `to_keep` gave, of one input."""
+    count = 4 * len(constants)
+    casts, group = kept[:-count], group_of(kept[-count:], constants)
+    if casts:
+        return group, list(casts)
+    a_RI, bs = cast_adapters(group, dtype)
+    return group, [a_RI, *bs]
 
 
 def project(
@@ -351,7 +365,8 @@ def parameter_gradients(
     wanted: Sequence[bool],
     da_RI: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients in the order of `tensors_of(group)`; `wanted` says which of them.
+    """Gradients in the order of `tensors_of(group)`, `wanted` says which of them; perhaps wider
+    than their parameters, whose type autograd gives them.
 
     Args:
         x_TI: may be None where `da_RI`, the gradient of all A, is given.
@@ -368,10 +383,7 @@ def parameter_gradients(
         grads.append(db if wants_b else None)
         grads.append(dy.sum(0) if wants_bias else None)
         start = end
-    return [
-        None if grad is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, tensors_of(group), strict=True)
-    ]
+    return grads
 
 
 def _weight_gradient(dy_TO: Tensor, x_TI: Tensor | None, weight: Any) -> Tensor:
@@ -408,16 +420,15 @@ class _LoRALinear(torch.autograd.Function):
         residual_TO = None if residual is None else residual.reshape(-1, residual.shape[-1])
         more = {"residual_TO": residual_TO, "free_TJ": free_TJ}
         ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed), **more)
-        ctx.save_for_backward(x_TI, h_TR, a_RI, *bs, *tensors)
+        kept = to_keep(group, tensors, [a_RI, *bs], x.dtype)
+        ctx.save_for_backward(x_TI, h_TR, *kept)
         ctx.drop, ctx.gap, ctx.constants = (p, seed), gap, constants
         return tuple(like(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        x_TI, h_TR, a_RI, *rest = ctx.saved_tensors
-        count = len(ctx.constants)
-        bs, tensors = rest[:count], rest[count:]
-        group = group_of(tensors, ctx.constants)
+        x_TI, h_TR, *kept = ctx.saved_tensors
+        group, (a_RI, *bs) = kept_group(kept, ctx.constants, x_TI.dtype)
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
         wants_x, wants_residual, _, _, _, _, _, *wanted = ctx.needs_input_grad
         behind = None if ctx.gap is None or h_TR is None else ctx.gap.behind(dys)

@@ -65,9 +65,11 @@ from regrow.kernels.projection import (
     group_of,
     room_for,
     tensors_of,
+    to_keep,
 )
 
 _PER_PROJECTION = 4  # tensors
+_TENSORS = 3 * _PER_PROJECTION  # of gate, up and down
 
 SLICE_BYTES = 4 << 30
 """Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
@@ -115,11 +117,19 @@ class _Layer:
     activation: Activation
 
     @classmethod
-    def of(cls, tensors: Sequence[Any], constants: Any, activation: Any, dtype: Any) -> _Layer:
+    def of(cls, kept: Sequence[Any], constants: Any, activation: Any, dtype: Any) -> _Layer:
+        """From the tensors, or what `to_keep` gave."""
+        casts, tensors = kept[:-_TENSORS], kept[-_TENSORS:]
         gate, up, down = group = group_of(tensors, constants)
+        if casts:
+            return cls(group, list(casts), activation)
         a_RH, bs = cast_adapters([gate, up], dtype)
         down_a_RF, down_bs = cast_adapters([down], dtype)
         return cls(group, [a_RH, down_a_RF, *bs, *down_bs], activation)
+
+    def to_keep(self, tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """What of the tensors it is made of autograd keeps, for `of`."""
+        return to_keep(self.group, tensors, self.casts, dtype)
 
     def inner(
         self, x_TH: Tensor, drop: Drop, work_TK: Tensor | None = None
@@ -305,7 +315,8 @@ class _LoRAMLP(torch.autograd.Function):
         layer = _Layer.of(tensors, constants, activation, x.dtype)
         gate_TF, up_TF, h_TR = layer.inner(x_TH, drops[0])
         hidden_TF, down_h_TR = layer.hidden(gate_TF, up_TF, h_TR, drops[1])
-        ctx.save_for_backward(x_TH, gate_TF, up_TF, h_TR, down_h_TR, *layer.casts, *tensors)
+        kept = layer.to_keep(tensors, x.dtype)
+        ctx.save_for_backward(x_TH, gate_TF, up_TF, h_TR, down_h_TR, *kept)
         ctx.activation, ctx.drops, ctx.constants = activation, drops, constants
         made = [t for t in (hidden_TF, down_h_TR) if t is not None]
         ctx.mark_non_differentiable(*made)
@@ -315,8 +326,8 @@ class _LoRAMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         everything = ctx.saved_tensors  # looked at once: a checkpoint makes them at that moment
-        saved, casts = everything[:5], list(everything[5:10])
-        layer = _Layer(group_of(everything[10:], ctx.constants), casts, ctx.activation)
+        saved, kept = everything[:5], everything[5:]
+        layer = _Layer.of(kept, ctx.constants, ctx.activation, saved[0].dtype)
         wants_x, _, _, _, _, *wanted = ctx.needs_input_grad
         dy = grad_outputs[0]
         dy_TH = dy.reshape(-1, dy.shape[-1])
@@ -330,17 +341,16 @@ class _SlicedLoRAMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, p, seeds, constants, rows, *tensors):
         layer = _Layer.of(tensors, constants, activation, x.dtype)
-        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), *layer.casts, *tensors)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), *layer.to_keep(tensors, x.dtype))
         ctx.settings = activation, p, seeds, constants, rows
         ctx.set_materialize_grads(False)
         return _token(x, layer)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        x_TH, *rest = ctx.saved_tensors
+        x_TH, *kept = ctx.saved_tensors
         activation, p, seeds, constants, rows = ctx.settings
-        layer = _Layer(group_of(rest[5:], constants), rest[:5], activation)
-        layer = _materialized(layer, x_TH.dtype)
+        layer = _materialized(_Layer.of(kept, constants, activation, x_TH.dtype), x_TH.dtype)
         wants_x, _, _, _, _, _, *wanted = ctx.needs_input_grad
         (dy,) = grad_outputs
         dy_TH = dy.reshape(-1, dy.shape[-1])
@@ -359,9 +369,7 @@ class _SlicedLoRAMLP(torch.autograd.Function):
             if dx_TH is not None and dx is not None:
                 dx_TH[part] = dx
             del saved, dx, work_TK  # else the next slice's would lie beside them
-        tensors = rest[5:]
-        grads = [None if g is None else g.to(t.dtype) for g, t in zip(total, tensors, strict=True)]
-        return like(dx_TH, dy), None, None, None, None, None, *grads
+        return like(dx_TH, dy), None, None, None, None, None, *total
 
 
 class _Down(torch.autograd.Function):

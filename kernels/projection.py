@@ -206,13 +206,37 @@ def constants_of(group: Sequence[Projection]) -> tuple[Constants, ...]:
 
 
 def group_of(tensors: Sequence[Any], constants: Sequence[Constants]) -> list[Projection]:
-    """The projections again, from `tensors_of` and `constants_of`."""
+    """The projections again, from `tensors_of` and `constants_of`.
+
+    Where `a` and `b` were not kept (`to_keep`), copies in the products' type stand in their place.
+    """
     group = []
-    for i, (frozen, scaling, *others) in enumerate(constants):
+    for i, (frozen, scaling, rounded, room, low, beside) in enumerate(constants):
         weight, a, b, bias = tensors[4 * i : 4 * i + 4]
         whole = weight if frozen is None else frozen
-        group.append(Projection(whole, a, b, scaling, bias, *others))
+        if a is None and low is not None:
+            a, b = low
+        group.append(Projection(whole, a, b, scaling, bias, rounded, room, low, beside))
     return group
+
+
+def keeps_low(group: Sequence[Projection], dtype: torch.dtype) -> bool:
+    """Whether someone keeps copies in `dtype` of all adapters there are."""
+    lows = [p.low for p in group if p.a is not None]
+    return bool(lows) and all(low is not None and low[0].dtype == dtype for low in lows)
+
+
+def to_keep(
+    group: Sequence[Projection], tensors: Sequence[Any], casts: Sequence[Any], dtype: torch.dtype
+) -> list[Any]:
+    """What autograd keeps of a group for its gradients: `tensors`, or behind `casts` where nobody
+    else keeps these.
+
+    Fewer are better: a checkpoint's hooks are called thrice for each.
+    """
+    if not keeps_low(group, dtype):
+        return [*casts, *tensors]
+    return [None if i % 4 in (1, 2) else tensor for i, tensor in enumerate(tensors)]
 
 
 def check_residual(residual: Tensor, x: Tensor, outputs: Sequence[int]) -> None:

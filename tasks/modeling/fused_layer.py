@@ -62,7 +62,11 @@ def takes_sums(layer: Any) -> bool:
 
 def can_take_rows(layer: Any) -> bool:
     """Whether all that it does after attention is done row by row, and by modules of ours."""
-    ours = isinstance(layer.self_attn, FusedAttention), isinstance(layer.mlp, FusedMLP)
+    parts: Any = layer._modules
+    ours = (
+        isinstance(parts.get("self_attn"), FusedAttention),
+        isinstance(parts.get("mlp"), FusedMLP),
+    )
     return all(ours) and isinstance(layer, _WithSums)
 
 

@@ -93,6 +93,22 @@ def projections_of(
         rounded: keeps weights and adapters in `dtype`, where that is not their own.
         rooms: next to the weights, where `joint_weights` has laid them so.
     """
+    if rounded is None or torch.compiler.is_compiling():
+        return _looked_up(layers, rounded, dtype, rooms)
+    adapters = (
+        x for layer in layers if isinstance(layer, LoraLayer) for x in layer.active_adapters
+    )
+    key = (dtype, *layers, *adapters)
+    return rounded.kept(key, lambda: _looked_up(layers, rounded, dtype, rooms))
+
+
+def _looked_up(
+    layers: Sequence[nn.Module],
+    rounded: RoundedWeights | None,
+    dtype: torch.dtype,
+    rooms: Rooms | None,
+) -> list[Projection]:
+    """As `projections_of`, by asking every layer."""
     group = [projection_of(layer, rounded, dtype) for layer in layers]
     rooms = rooms or Rooms()
     if rounded is not None and not torch.compiler.is_compiling():

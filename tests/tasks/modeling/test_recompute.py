@@ -20,10 +20,13 @@ from regrow.tasks.modeling.kernels import KERNELS, swap_kernels
 from regrow.tasks.modeling.offload import OffloadSaved
 from regrow.tasks.modeling.recompute import (
     POLICIES,
+    checkpoint_arguments,
     keep_attention,
     recompute_layers,
+    repeats_itself,
 )
 from tests.tasks.modeling.models import packed_batch, tiny
+from tests.tasks.modeling.test_kernels import with_lora
 
 
 def gradients(model, policy, offload=False, swapped=False):
@@ -54,6 +57,46 @@ def test_no_policy_changes_loss_or_gradients(policy, swapped):
     assert torch.equal(found, loss)
     for name, gradient in right.items():  # up to the order in which two gradients are added
         torch.testing.assert_close(got[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["selective", "full", "offload"])
+def test_dropout_drops_the_same_when_it_is_computed_again(policy, reentrant):
+    found = []
+    for one in ("none", policy):
+        model = with_lora(tiny("llama"), lora_dropout=0.3)
+        swap_kernels(model, KERNELS)
+        model.enable_input_require_grads()
+        assert not repeats_itself(model)
+        recompute_layers(model, one, reentrant)
+        torch.manual_seed(5)
+        loss = model(**packed_batch()).loss
+        torch.rand(7)  # what others draw before the backward pass
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for got, right in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, atol=1e-7, rtol=1e-5)
+
+
+def test_a_layer_repeats_itself_if_all_of_it_is_ours_and_draws_nothing():
+    model = with_lora(tiny("llama"))
+    assert not repeats_itself(model)
+    swap_kernels(model, KERNELS)
+    assert repeats_itself(model)
+    how = checkpoint_arguments("full", use_reentrant=False, repeats_itself=True)
+    assert how == {
+        "use_reentrant": False,
+        "preserve_rng_state": False,
+        "determinism_check": "none",
+    }
+    for others in (["attention", "rms_norm"], ["mlp", "rms_norm"], ["attention", "mlp"]):
+        model = tiny("llama")
+        swap_kernels(model, others)
+        assert not repeats_itself(model)
+    experts = tiny("qwen3_moe")
+    swap_kernels(experts, KERNELS)
+    assert not repeats_itself(experts)  # a router may jitter
+    assert not repeats_itself(torch.nn.Linear(2, 2))
 
 
 class CountAttention(TorchDispatchMode):

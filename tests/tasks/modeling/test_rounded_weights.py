@@ -104,6 +104,71 @@ def test_every_copy_is_written_when_one_is_asked_for():
     assert torch.equal(copies[1], second.bfloat16())
 
 
+def test_what_was_made_of_them_is_kept_until_they_change():
+    rounded, made = RoundedWeights(), []
+    first = rounded.kept("a", lambda: made.append("a") or [1])
+    assert rounded.kept("a", lambda: made.append("a") or [1]) is first
+    assert rounded.kept("b", lambda: made.append("b") or [2]) == [2]
+    assert copy.deepcopy(rounded).kept("a", lambda: [3]) == [3]
+    rounded.expire()
+    assert rounded.kept("a", lambda: made.append("a") or [4]) == [4]
+    assert made == ["a", "b", "a"]
+
+
+def test_another_adapter_is_looked_up_anew_and_none_goes_without():
+    model = with_lora(tiny("llama"))
+    model.add_adapter("other", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    swap_kernels(model, KERNELS)
+    right = copy.deepcopy(model)
+    rounded = keep_rounded(model)
+    rounded.expire()
+    losses = {}
+    with torch.no_grad():
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            right.set_adapter(name)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses[name] = model(**packed_batch()).loss
+                assert losses[name] == right(**packed_batch()).loss
+                with model.disable_adapter(), right.disable_adapter():
+                    losses["off"] = model(**packed_batch()).loss
+                    assert losses["off"] == right(**packed_batch()).loss
+    assert len({float(loss) for loss in losses.values()}) == 3
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_autograd_keeps_no_adapter_that_someone_keeps(slices):
+    model = with_lora(tiny("llama"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    swap_kernels(model, KERNELS)
+    if slices:
+        model.get_base_model().model.layers[0].mlp.slice_bytes = 4096
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+
+    def saved():
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+            layer = model.get_base_model().model.layers[0]
+            x = torch.randn(1, 128, 32, dtype=torch.bfloat16, requires_grad=True)
+            y = layer.mlp(x)
+        y.sum().backward()
+        return found
+
+    without = saved()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    keep_rounded(model)
+    found = saved()
+    assert trained & {t.data_ptr() for t in without}
+    assert not trained & {t.data_ptr() for t in found}
+    assert len(without) - len(found) == 6 + 5  # a and b of three, all A twice and three B
+    assert set(gradients) == {n for n, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("ranks", [{}, {"q_proj": 8, "up_proj": 2}])
 def test_adapters_change_neither_loss_nor_gradient(monkeypatch, ranks):
     """Over two steps, with weights that lie one under the other and all A behind them."""
