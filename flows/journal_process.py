@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import gc
 import os
 import pickle
 import signal
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.flows.progress import say
 from regrow.infra.beside import beside
+from regrow.infra.imports import importing
 from regrow.infra.launch import die_with_parent
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import Settings, child_environment
@@ -296,15 +296,13 @@ class _Desk:
         """What the journal of a process before this one knew; None: there was none."""
         self._journal: Journal | None = None
         self._wrong: tuple[str, str] | None = None
-        gc.disable()  # while all is imported
         try:
-            self._tracker = _opened(place)
+            with importing():
+                self._tracker = _opened(place)
         except Exception as error:  # noqa: BLE001 (an import may raise anything)
             trace = "".join(traceback.format_exception(error))
             told = f"MLflow cannot be used: {type(error).__name__}: {error}"
             self._wrong = (mask_secrets(told), mask_secrets(trace))
-        gc.freeze()
-        gc.enable()
 
     def answer(self, what: str, args: tuple[Any, ...]) -> tuple[str, Any, dict[str, Any] | None]:
         """How it went, what came of it, and what the journal now knows."""

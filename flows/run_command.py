@@ -18,6 +18,7 @@ from regrow.flows.explained import explains
 from regrow.flows.journal_process import start_journal
 from regrow.flows.prefect_server import PrivateServer, require_server
 from regrow.flows.progress import say
+from regrow.infra.imports import importing
 from regrow.infra.settings import (
     SettingError,
     Settings,
@@ -103,20 +104,12 @@ def _opened(loaded: Loaded, last: str) -> Workplace:
 
 
 def _import_the_rest() -> None:
-    """Import Prefect, as what lasts until the process ends.
-
-    Searched for garbage again and again while it grows, and walked through once more at the end, it
-    would take longer.
-    """
-    gc.disable()
-    try:
+    """Import Prefect."""
+    with importing():
         import fastapi.encoders  # noqa: F401 (Prefect imports it, as the next two, in a flow)
         from prefect import flow_engine, task_engine  # noqa: F401
 
         from regrow.flows import finetune  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
     atexit.register(gc.freeze)  # what the stages imported is not walked through at the end either
 
 

@@ -5,27 +5,25 @@ A process of its own makes it, as soon as what that needs is imported.
 
 from __future__ import annotations
 
-import gc
 import os
 import traceback
 from pathlib import Path
 
+from regrow.infra.imports import importing
 from regrow.infra.launch import die_with_parent
 from regrow.infra.new_database import alone, make_whole
 
 
 def main() -> None:
     """Serve as uvicorn's command line says."""
-    gc.disable()  # while all is imported (0.5 s less)
-    maker = _database_maker()
-    import uvicorn
-    from prefect.server.api.server import create_app
+    with importing():
+        maker = _database_maker()
+        import uvicorn
+        from prefect.server.api.server import create_app
 
-    create_app()  # it is kept, and uvicorn gets the same
-    if maker is not None:
-        os.waitpid(maker, 0)
-    gc.freeze()
-    gc.enable()
+        create_app()  # it is kept, and uvicorn gets the same
+        if maker is not None:
+            os.waitpid(maker, 0)
     uvicorn.main()
 
 

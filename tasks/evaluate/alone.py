@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+from regrow.infra.imports import importing
 from regrow.infra.launch import die_with_parent
 from regrow.infra.secrets import mask_secrets
 from regrow.infra.settings import child_environment
@@ -175,8 +176,8 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     try:
         job = connection.recv()
-        from regrow.tasks.evaluate.run import on_device
-
+        with importing():
+            from regrow.tasks.evaluate.run import on_device
         answer = "result", on_device(replace(job, report=_Report(connection)))
     except Exception as error:  # noqa: BLE001 (it is raised where it is waited for)
         traceback.print_exc()  # into the log

@@ -26,7 +26,7 @@ from regrow.tasks.stage import StageError
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.spec import TrainPlacement, TrainSpec
 
-WORKER = "regrow.tasks.train.worker"
+WORKER = "regrow.tasks.train.rank"
 EVIDENCE = ("stacks-rank-*.txt", "non-finite-rank-*.json")
 """What a failed worker leaves in its directory for people."""
 

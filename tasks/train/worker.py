@@ -1,7 +1,4 @@
-"""The process that trains: `torchrun ... -m regrow.tasks.train.worker job.json`, one for each rank.
-
-Also by hand as `python -m regrow.tasks.train.worker job.json`, on one rank. Needs no Prefect.
-"""
+"""Trains as a job says, as one of its ranks, and writes the result; `rank` starts the process."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ from regrow.tasks.train.trainers.sft import SftTrainer
 from regrow.tasks.train.undivided import keep_undivided
 from regrow.tasks.train.watchdog import Watchdog, stacks_name
 
-logger = logging.getLogger("regrow.tasks.train.worker")  # __name__ is __main__ when launched
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -463,7 +460,3 @@ def _tell_preempted(job: WorkerJob, result: Mapping[str, Any]) -> None:
         job.preempted_path.write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main()

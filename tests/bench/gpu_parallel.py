@@ -354,7 +354,7 @@ def measure(size: Size, place: Path, case: Case, env: Mapping[str, str]) -> dict
     with End(job, checkpoints, case.patience) as end:
         try:
             run_workers(
-                "regrow.tasks.train.worker",
+                "regrow.tasks.train.rank",
                 [str(job.work / "job.json")],
                 num_processes=case.ranks,
                 on_line=end.hear,

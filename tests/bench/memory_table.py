@@ -306,7 +306,7 @@ def measure(case: Case, place: Path, device: str, limit: float) -> dict[str, Any
     make_rows(case, work / "rows")
     job = job_of(case, place / case.model, work, device)
     job.write(work / "job.json")
-    words = [sys.executable, "-m", "regrow.tasks.train.worker", str(work / "job.json")]
+    words = [sys.executable, "-m", "regrow.tasks.train.rank", str(work / "job.json")]
     log = work / "log.txt"
     try:
         with log.open("wb") as file:

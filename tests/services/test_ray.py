@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from regrow.tasks.stage import StageError
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.cluster import RayWorkers
-from regrow.tasks.train.part import Call, Ended
+from regrow.tasks.train.part import WORKER, Call, Ended
 from regrow.tasks.train.schedule import Cadence
 from regrow.tasks.train.worker import train
 from tests.tasks.train.conftest import (  # noqa: F401 (fixtures)
@@ -58,7 +58,7 @@ def ranks():
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "regrow.tasks.train.worker" in words and "torch.distributed.run" not in words:
+        if WORKER in words and "torch.distributed.run" not in words:
             found.append(process.pid)
     return found
 

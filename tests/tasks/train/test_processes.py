@@ -15,6 +15,7 @@ from regrow.infra.settings import child_environment
 from regrow.tasks.stage import StageError
 from regrow.tasks.train import run as stage
 from regrow.tasks.train.attempts import explained, memory_advice
+from regrow.tasks.train.part import WORKER
 from regrow.tasks.train.spec import AdapterSpec
 from regrow.tasks.train.worker import train
 from tests.tasks.train.killed import KillAt, Killed
@@ -66,7 +67,7 @@ def test_sigkill_loses_nothing(make_job, file_bytes):
     job.work.mkdir(parents=True)
     job.write(job.work / "job.json")
     worker = subprocess.Popen(
-        [sys.executable, "-m", "regrow.tasks.train.worker", str(job.work / "job.json")],
+        [sys.executable, "-m", WORKER, str(job.work / "job.json")],
         stdout=subprocess.PIPE,
         text=True,
         env=child_environment({"OMP_NUM_THREADS": "1"}),
