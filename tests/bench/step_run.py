@@ -177,9 +177,11 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     """One run, in this process."""
     import torch
 
-    from regrow.tasks.train.metrics import read_metrics
-    from regrow.tasks.train.worker import train
+    from regrow.infra.imports import importing
 
+    with importing():  # as a rank does
+        from regrow.tasks.train.metrics import read_metrics
+        from regrow.tasks.train.worker import train
     w = workload(text, tiny)
     work.mkdir(parents=True)
     counts = write_rows(w, work / "rows")

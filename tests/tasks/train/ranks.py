@@ -22,8 +22,9 @@ from regrow.infra.launch import WorkerFailed
 from regrow.infra.settings import child_environment
 from regrow.tasks.train.job import WorkerJob
 from regrow.tasks.train.metrics import read_metrics
+from regrow.tasks.train.part import WORKER
 from regrow.tasks.train.sharding import Sharding
-from tests.forked_ranks import WORKER, Forker, Group
+from tests.forked_ranks import Forker, Group
 from tests.tasks.train.weighing_worker import KILL, Held
 
 ROOT = Path(__file__).parents[3]
