@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regrow.infra.device_files import Devices
+from regrow.infra.imports import uncollected
 
 
 def canonical(value: Any) -> Any:
@@ -100,7 +101,8 @@ class Stage:
     def function(self) -> Callable[[StageJob], dict[str, Any]]:
         """The runner, imported now."""
         module, _, name = self.runner.partition(":")
-        return getattr(importlib.import_module(module), name)
+        with uncollected():  # merge's imports take 4.9 s of a processor instead of 6.8
+            return getattr(importlib.import_module(module), name)
 
 
 class Reporter(Protocol):
