@@ -15,13 +15,14 @@ alone it would be lost. They come last; a residual, where there is no bias, in o
 and base (`low_rank_sum`). The A of all projections are one skinny GEMM. dh and dB are made in one
 pass over dy (`rank_gradients`).
 
-Saved: x, h (r columns) and the parameters; a base layer saves x and W. Adapters may be float32:
-they are rounded to the dtype of x once, for both directions, and get gradients summed in float32.
-A weight may be wider than x (float32 that is trained): it is rounded for each product, or once by
-its owner, who hands the copy over as `rounded`; its gradient is then float32, without a rounding
-between. A frozen weight may be a function that makes the dense matrix (nf4, int8): it is called
-once in each direction, and its result is dropped after its GEMM, so that the allocator hands out
-one buffer again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
+Saved: x, h (r columns) and the parameters, of which no adapter whose rounded copy someone keeps
+(`projection.to_keep`); a base layer saves x and W. Adapters may be float32: they are rounded to the
+dtype of x once, for both directions, and get gradients summed in float32. A weight may be wider
+than x (float32 that is trained): it is rounded for each product, or once by its owner, who hands
+the copy over as `rounded`; its gradient is then float32, without a rounding between. A frozen
+weight may be a function that makes the dense matrix (nf4, int8): it is called once in each
+direction, and its result is dropped after its GEMM, so that the allocator hands out one buffer
+again and again. Or it is a `Float8Weight`, multiplied in 8 bits (see `float8`).
 
 Neighbours. Where the dy of a group are columns of one matrix, and its weights lie one under the
 other or can be made so (see `neighbours`), dx is one product: of q, k and v, or gate and up, two

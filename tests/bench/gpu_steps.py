@@ -47,11 +47,13 @@ Every command begins with P:
     1  500 s  P; sh tests/bench/gpu_tests.sh $OUT/t; $S W2:micro=2:gc=auto:room=7.6
               peer:W2:unsloth W2:micro=2:gc=auto:room=7.6 W1:warmup=8 W1:warmup=8:fp8=1
               (tests 110 s; the first run makes the model: 40 s; ours 50 s, a peer 80 s)
-    2  560 s  P; $S --limit 150 curve:W1:layers=4 curve:W1:layers=4:fp8=1; $S --limit 230
+    2  400 s  P; $S --limit 150 curve:W1:layers=4
+              (356 s: six trainings of a minute each; a second curve has no room in the same call)
+       300 s  P; $S --limit 230
               LONG:seq=40000:rows=10:micro=1:gc=offload:log=1:warmup=0:timed=1 LONG
-              (each curve more than 220 s: six trainings; LONG 100 s at least and the short check
-              60, beside making the model; pinned memory is what it wants most: 98 GiB; models in
-              /tmp took more than twice as long to load as in /dev/shm, so move them there late)
+              (100 s at least and the short check 60, beside making the model; pinned memory is
+              what it wants most: 98 GiB; models in /tmp took more than twice as long to load as in
+              /dev/shm, so move them there late)
     3  530 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc W3:warmup=8
               peer:W3:trl-fa2-liger-nogc W4:warmup=8 peer:W4:moe-grouped-elora (45 to 80 s each)
 
