@@ -56,6 +56,7 @@ from regrow.kernels.low_rank_sum import low_rank_sum, takes_sum
 from regrow.kernels.matmul import matmul_exact
 from regrow.kernels.neighbours import Gap, columns_of_one, rows_of_one
 from regrow.kernels.projection import (
+    TENSORS,
     Constants,
     Drop,
     Projection,
@@ -66,7 +67,7 @@ from regrow.kernels.projection import (
     constants_of,
     dense,
     dropped,
-    group_of,
+    from_kept,
     held,
     keeps_low,
     tensors_of,
@@ -113,11 +114,10 @@ def cast_adapters(
 def kept_group(
     kept: Sequence[Any], constants: Sequence[Constants], dtype: torch.dtype
 ) -> tuple[list[Projection], list[Any]]:
-    """(the projections, [all A, B of each]) from what `to_keep` gave, of one input."""
-    count = 4 * len(constants)
-    casts, group = kept[:-count], group_of(kept[-count:], constants)
+    """(the projections, [all A, B of each]) from tensors of one input, or what `to_keep` gave."""
+    casts, group = from_kept(kept, constants)
     if casts:
-        return group, list(casts)
+        return group, casts
     a_RI, bs = cast_adapters(group, dtype)
     return group, [a_RI, *bs]
 
@@ -372,12 +372,12 @@ def parameter_gradients(
     Args:
         x_TI: may be None where `da_RI`, the gradient of all A, is given.
     """
-    if da_RI is None and dh_TR is not None and x_TI is not None and any(wanted[1::4]):
+    if da_RI is None and dh_TR is not None and x_TI is not None and any(wanted[1::TENSORS]):
         da_RI = matmul_exact(dh_TR.t(), dropped(x_TI, drop))
     grads: list[Tensor | None] = []
     start = 0
     for i, (dy, projection, db) in enumerate(zip(dys, group, dbs, strict=True)):
-        wants_weight, wants_a, wants_b, wants_bias = wanted[4 * i : 4 * i + 4]
+        wants_weight, wants_a, wants_b, wants_bias = wanted[TENSORS * i : TENSORS * (i + 1)]
         end = start + projection.rank
         grads.append(_weight_gradient(dy, x_TI, projection.weight) if wants_weight else None)
         grads.append(da_RI[start:end] if wants_a and da_RI is not None else None)
@@ -416,8 +416,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, residual, p, seed, gap, behind, constants, *tensors):
         x_TI = x.reshape(-1, x.shape[-1])
         free_TJ = None if behind is None else behind.behind([x_TI.data])
-        group = group_of(tensors, constants)
-        a_RI, bs = cast_adapters(group, x.dtype)
+        group, (a_RI, *bs) = kept_group(tensors, constants, x.dtype)
         residual_TO = None if residual is None else residual.reshape(-1, residual.shape[-1])
         more = {"residual_TO": residual_TO, "free_TJ": free_TJ}
         ys, h_TR = project(x_TI, group, a_RI, bs, (p, seed), **more)

@@ -55,6 +55,7 @@ from regrow.kernels.neighbours import Gap
 from regrow.kernels.nf4 import Nf4Weight, dequantize_below
 from regrow.kernels.projection import (
     ROW_BYTES,
+    TENSORS,
     Drop,
     Projection,
     Rooms,
@@ -62,14 +63,12 @@ from regrow.kernels.projection import (
     check_residual,
     constants_of,
     dropped,
+    from_kept,
     group_of,
     room_for,
     tensors_of,
     to_keep,
 )
-
-_PER_PROJECTION = 4  # tensors
-_TENSORS = 3 * _PER_PROJECTION  # of gate, up and down
 
 SLICE_BYTES = 4 << 30
 """Of gate and up together, above which the tokens go through in slices: 75,000 tokens of a width of
@@ -119,10 +118,10 @@ class _Layer:
     @classmethod
     def of(cls, kept: Sequence[Any], constants: Any, activation: Any, dtype: Any) -> _Layer:
         """From the tensors, or what `to_keep` gave."""
-        casts, tensors = kept[:-_TENSORS], kept[-_TENSORS:]
-        gate, up, down = group = group_of(tensors, constants)
+        casts, group = from_kept(kept, constants)
         if casts:
-            return cls(group, list(casts), activation)
+            return cls(group, casts, activation)
+        gate, up, down = group
         a_RH, bs = cast_adapters([gate, up], dtype)
         down_a_RF, down_bs = cast_adapters([down], dtype)
         return cls(group, [a_RH, down_a_RF, *bs, *down_bs], activation)
@@ -198,7 +197,7 @@ class _Layer:
         x_TH, gate_TF, up_TF, h_TR, down_h_TR = saved
         a_RH, _, *bs = self.casts
         inner, outer = self.group[:2], self.group[2:]
-        split = 2 * _PER_PROJECTION
+        split = 2 * TENSORS
         dh, dbs = rank_gradients([dy_TH], down_h_TR, outer, bs[2:])
         hidden_TF = da_RF = inner_dh = None
         if self.activation.with_adapters:

@@ -181,6 +181,7 @@ def check(inputs: int, projection: Projection) -> int:
 # ---- between projections and autograd, which sees a flat list of tensors ----
 
 Constants = tuple[Any, ...]
+TENSORS = 4  # of a projection, as `tensors_of` has them
 
 
 def tensors_of(group: Sequence[Projection]) -> list[Any]:
@@ -212,7 +213,7 @@ def group_of(tensors: Sequence[Any], constants: Sequence[Constants]) -> list[Pro
     """
     group = []
     for i, (frozen, scaling, rounded, room, low, beside) in enumerate(constants):
-        weight, a, b, bias = tensors[4 * i : 4 * i + 4]
+        weight, a, b, bias = tensors[TENSORS * i : TENSORS * (i + 1)]
         whole = weight if frozen is None else frozen
         if a is None and low is not None:
             a, b = low
@@ -236,7 +237,15 @@ def to_keep(
     """
     if not keeps_low(group, dtype):
         return [*casts, *tensors]
-    return [None if i % 4 in (1, 2) else tensor for i, tensor in enumerate(tensors)]
+    return [None if i % TENSORS in (1, 2) else tensor for i, tensor in enumerate(tensors)]
+
+
+def from_kept(
+    kept: Sequence[Any], constants: Sequence[Constants]
+) -> tuple[list[Any], list[Projection]]:
+    """(casts, none where somebody else keeps them; the projections) from what `to_keep` gave."""
+    count = TENSORS * len(constants)
+    return list(kept[:-count]), group_of(kept[-count:], constants)
 
 
 def check_residual(residual: Tensor, x: Tensor, outputs: Sequence[int]) -> None:

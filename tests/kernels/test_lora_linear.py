@@ -6,7 +6,7 @@ import torch
 from regrow.kernels import lora_linear as op
 from regrow.kernels.dropout import seeded_dropout
 from regrow.kernels.lora_linear import lora_linear, project
-from regrow.kernels.projection import Projection, tensors_of
+from regrow.kernels.projection import Projection, constants_of, group_of, tensors_of
 
 INPUTS = 21
 # (outputs, rank, bias) of each projection: grouped as Q, K, V with several ranks, one alone,
@@ -43,7 +43,7 @@ def rebuild(group, tensors):
     """The group with other tensors, from a flat list without the missing ones."""
     rest = iter(tensors)
     full = [None if t is None else next(rest) for t in tensors_of(group)]
-    return op.group_of(full, op.constants_of(group))
+    return group_of(full, constants_of(group))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
