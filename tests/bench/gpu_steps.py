@@ -12,12 +12,14 @@ on a job, and gives one JSON line. Options: `kernels` (auto, off, or names joine
 auto, selective, offload), `optim`, `layers`, `rows`, `seq`, `seed`, `warmup`, `timed`, `micro`
 (rows of a micro-batch), `dropout`, `dtype`, `fp8` (1: the frozen base in 8-bit floats), `lora`,
 `log` (steps between lines of the log; each waits for the device), `doc` (tokens of every document),
-`room` (GiB that torch may take of the GPU), `blocks=1` (what lies there at the peak), `profile=1`
-(two more steps under torch.profiler: kernels by kind, the longest, the device's idle time),
-`sync=1` (one more step: where the host waits for the device), `lag=1` (how far the device is behind
-the host, at layers too), `watch=1` (the card's clock and power in the timed steps). `--tiny` runs
-everything on the CPU with layers of width 64: it proves the way and measures nothing. LONG is one
-row of 400,000 tokens of chat-like documents; `LONG:doc=400000` is one document.
+`of` (tokens of longer rows, whose documents are dealt out to these), `room` (GiB that torch may
+take of the GPU), `blocks=1` (what lies there at the peak), `profile=1` (two more steps under
+torch.profiler: kernels by kind, the longest, the device's idle time), `sync=1` (one more step:
+where the host waits for the device), `lag=1` (how far the device is behind the host, at layers
+too), `watch=1` (the card's clock and power in the timed steps). `--tiny` runs everything on the CPU
+with layers of width 64: it proves the way and measures nothing. LONG is one row of 400,000 tokens
+of chat-like documents; `LONG:doc=400000` is one document, and
+`LONG:seq=40000:rows=10:micro=1:of=400000` has the same documents in ten short rows.
 
 W2 and LONG want the package bitsandbytes. Peers in the same call, taking turns with ours on one
 card: `peer:` runs `.peers/peers.py --runs ...` and takes its line over; those of its stacks that
@@ -50,10 +52,11 @@ Every command begins with P:
     2  400 s  P; $S --limit 150 curve:W1:layers=4
               (356 s: six trainings of a minute each; a second curve has no room in the same call)
        300 s  P; $S --limit 230
-              LONG:seq=40000:rows=10:micro=1:gc=offload:log=1:warmup=0:timed=1 LONG
-              (100 s at least and the short check 60, beside making the model; pinned memory is
-              what it wants most: 98 GiB; models in /tmp took more than twice as long to load as in
-              /dev/shm, so move them there late)
+              LONG:seq=40000:rows=10:micro=1:of=400000:log=1 LONG:log=1
+              (each step's loss must be the other's, the second's after an update; 150 s, and the
+              short check 100, beside making the model; pinned memory is what it wants most: 98 GiB;
+              models in /tmp took more than twice as long to load as in /dev/shm, so move them there
+              late)
     3  530 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc W3:warmup=8
               peer:W3:trl-fa2-liger-nogc W4:warmup=8 peer:W4:moe-grouped-elora (45 to 80 s each)
 

@@ -71,6 +71,8 @@ class Workload:
     """Steps between two lines of the log, each of which waits for the device; peers log nothing."""
     doc: int = 0
     """Tokens of every document; 0: of chat-like lengths."""
+    of: int = 0
+    """Tokens of longer rows whose documents these rows hold, dealt out evenly; 0: of none."""
     fp8: int = 0
     """Whether the frozen base multiplies in 8-bit floats."""
     lag: int = 0
@@ -161,6 +163,30 @@ def pack(found: list[Any], seq: int) -> list[list[Any]]:
     return [full[i] for i in order]
 
 
+def dealt(row: list[Any], parts: int) -> list[list[Any]]:
+    """The row's documents in so many rows, each in the one that has the fewest tokens yet."""
+    rows: list[list[Any]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for document in sorted(row, key=lambda d: -len(d[0])):
+        at = tokens.index(min(tokens))
+        rows[at].append(document)
+        tokens[at] += len(document[0])
+    return rows
+
+
+def rows_of(w: Workload) -> list[list[Any]]:
+    """The documents of every row, in the order of training."""
+    seq = w.of or w.seq
+    parts = seq // w.seq
+    needed, factor = w.steps * w.rows // parts, 1.3
+    rows: list[list[Any]] = []
+    while len(rows) < needed:
+        made = documents(int(factor * needed * seq), seq, w.config["vocab_size"], w.doc)
+        rows, factor = pack(made, seq), 2 * factor
+    rows = rows[:needed]
+    return [part for row in rows for part in dealt(row, parts)] if w.of else rows
+
+
 def write_rows(w: Workload, out: Path) -> list[dict[str, float]]:
     """A prepared artifact; returns each row's tokens, supervised tokens and sum of squares."""
     import pyarrow as pa
@@ -168,19 +194,13 @@ def write_rows(w: Workload, out: Path) -> list[dict[str, float]]:
     from regrow.tasks.modeling.row_sizes import write_sizes
     from regrow.tasks.modeling.rows import SCHEMA
 
-    needed, factor = w.steps * w.rows, 1.3
-    rows: list[list[Any]] = []
-    while len(rows) < needed:
-        made = documents(int(factor * needed * w.seq), w.seq, w.config["vocab_size"], w.doc)
-        rows, factor = pack(made, w.seq), 2 * factor
-    rows = rows[:needed]
     lines = [
         {
             "input_ids": np.concatenate([ids for ids, _ in row]),
             "loss_mask": np.concatenate([mask for _, mask in row]),
             "seq_lens": np.array([len(ids) for ids, _ in row], dtype=np.int32),
         }
-        for row in rows
+        for row in rows_of(w)
     ]
     (out / "train").mkdir(parents=True)
     name = "train/shard-00000.arrow"
