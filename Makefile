@@ -9,11 +9,15 @@ RECIPE := configs/recipes/quickstart.yaml
 
 # Everything runs without a model hub; unset this to use yours.
 export HF_HUB_OFFLINE ?= 1
+# Modules are compiled once, not by each of the many processes: 2 of the 12 s that a rank's imports take.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test slow extended check ui reference clean
+.PHONY: demo model test slow extended check ui reference clean
 
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(BIN)/regrow run $(RECIPE)
+
+model: $(MODEL)/config.json
 
 # One thread for each of the two processes: tiny models gain nothing from more, and would fight.
 test: $(VENV)/tested $(MODEL)/config.json
