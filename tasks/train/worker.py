@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils.logging import disable_progress_bar
 
 from regrow.infra.artifacts import ArtifactStore
+from regrow.infra.freed_memory import keep_freed_memory
 from regrow.infra.launch import end_with_agent, local_rank
 from regrow.tasks.modeling.load import DTYPES
 from regrow.tasks.modeling.recompute import recompute_layers
@@ -443,6 +444,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
     disable_progress_bar()
     job = WorkerJob.read(Path(path))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         result = train(job)
         if "preempted" in result:

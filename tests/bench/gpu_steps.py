@@ -50,13 +50,14 @@ Every command begins with P:
               peer:W2:unsloth W2:micro=2:gc=auto:room=7.6 W1:warmup=8 W1:warmup=8:fp8=1
               (tests 110 s; the first run makes the model: 40 s; ours 50 s, a peer 80 s)
     2  400 s  P; $S --limit 150 curve:W1:layers=4
-              (356 s: six trainings of a minute each; a second curve has no room in the same call)
+              (356 s: six trainings of a minute each; a second curve has no room in the same call;
+              curve:W3:layers=4 375 s, curve:W4:layers=2 295 s)
        300 s  P; $S --limit 230
               LONG:seq=40000:rows=10:micro=1:of=400000:log=1 LONG:log=1
-              (each step's loss must be the other's, the second's after an update; 150 s, and the
-              short check 100, beside making the model; pinned memory is what it wants most: 98 GiB;
-              models in /tmp took more than twice as long to load as in /dev/shm, so move them there
-              late)
+              (each step's loss and gradient's norm must be the other's, the second's after an
+              update; 175 s, and the short check 130 with making the model; pinned memory is what
+              it wants most: 98 GiB; models in /tmp took more than twice as long to load as in
+              /dev/shm, so move them there late)
     3  530 s  P; $S W1:warmup=8 peer:W1:unsloth-nogc W2:warmup=8 peer:W2:unsloth-nogc W3:warmup=8
               peer:W3:trl-fa2-liger-nogc W4:warmup=8 peer:W4:moe-grouped-elora (45 to 80 s each)
 

@@ -1,0 +1,41 @@
+"""What a process frees it gets again without the system, once it says so."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from regrow.infra.settings import child_environment
+
+COUNT = """
+import resource, sys
+from regrow.infra.freed_memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    blocks = [bytearray(b"x") * (24 << 20) for _ in range(4)]  # written, unlike zeros
+step()
+before = faults()
+for _ in range(5):
+    step()
+print(faults() - before)
+"""
+
+
+def faults(how: str) -> int:
+    """Pages that five rounds of 96 MiB have the system clear."""
+    command = [sys.executable, "-c", COUNT, how]
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
+def test_a_later_step_takes_the_memory_of_the_one_before():
+    given_back, kept = faults("given back"), faults("kept")
+    assert given_back > 5 * 96 * 2**20 / 4096 / 2  # 4 KiB pages, each cleared again (at least half)
+    assert kept < given_back / 20
