@@ -17,9 +17,11 @@ def keep_freed_memory() -> bool:
     million page faults instead of 11.9 (2 cores, 2026-11-23).
 
     Returns:
-        Whether the C library can.
+        Whether the C library can; where it cannot, all is as it was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_MMAP_THRESHOLD, _LARGE))
+    # In this order: the threshold for trimming alone would hold the other one at 128 KiB, and older
+    # versions allow it no more than 32 MiB (mallopt(3)).
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGE) and mallopt(_TRIM_THRESHOLD, _NEVER))

@@ -25,7 +25,7 @@ from regrow.tasks.modeling.load import DTYPES
 from regrow.tasks.modeling.recompute import recompute_layers
 from regrow.tasks.modeling.rows import PackedRows
 from regrow.tasks.stage import StageError
-from regrow.tasks.train.arguments import training_arguments, with_steps
+from regrow.tasks.train.arguments import training_arguments, use_cpu, with_steps
 from regrow.tasks.train.callbacks import FollowSchedule, LiveReporter, RecordMetrics
 from regrow.tasks.train.checkpoint import (
     METRICS_FILE,
@@ -444,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
     disable_progress_bar()
     job = WorkerJob.read(Path(path))
-    if not torch.cuda.is_available():
+    if use_cpu(job.placement.device):
         keep_freed_memory()
     try:
         result = train(job)

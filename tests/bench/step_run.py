@@ -193,13 +193,13 @@ def run(text: str, tiny: bool, models: Path, work: Path) -> dict[str, Any]:
     with _room(w), recorded_blocks(bool(w.blocks) and not tiny):
         result = train(job, [clock.callback, *([lag] if lag else [])])
     seconds = time.monotonic() - begin
-    logged = [r for r in read_metrics(job.metrics_path) if "loss" in r]
-    losses = [r["loss"] for r in logged]
+    records = [r for r in read_metrics(job.metrics_path) if "loss" in r]
+    losses = [r["loss"] for r in records]
     if not all(map(math.isfinite, losses)):
         raise FloatingPointError("a loss is no number: products of NaNs are faster, nothing counts")
     found = {"run": text, "stack": "regrow", "ok": True} | figures(w, counts, clock, result)
     found |= {"losses": losses, "loss": statistics.mean(losses)}
-    found |= {"grad_norms": [r.get("grad_norm") for r in logged]}
+    found |= {"norms": [r.get("grad_norm") for r in records]}
     found |= {"seconds": round(seconds, 1), "probe": [before, probe(tiny)]}
     found |= {"torch": torch.__version__, "device": result["timing"]["device"]}
     if clock.profile is not None:

@@ -38,7 +38,7 @@ def test_demo_teaches_the_task_and_is_cached_the_second_time(demo):
     exact_before, exact_after, _ = share(first.stdout, "exact answers")
     print(f"demo: {took:.0f} s, loss {loss_before} -> {loss_after}")
     print(f"demo: exact {exact_before} % -> {exact_after} %")
-    # Alone on two cores 310 s; in CI, with two other tests beside it, up to 556 s.
+    # Alone on two cores 155 to 310 s; in CI, with two other tests beside it, up to 556 s.
     assert took < 800
     assert loss_after <= 0.7 * loss_before
     assert exact_before < 10

@@ -1,11 +1,14 @@
 """What a process frees it gets again without the system, once it says so."""
 
+import ctypes
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from regrow.infra.freed_memory import keep_freed_memory
 from regrow.infra.settings import child_environment
 
 COUNT = """
@@ -39,3 +42,21 @@ def test_a_later_step_takes_the_memory_of_the_one_before():
     given_back, kept = faults("given back"), faults("kept")
     assert given_back > 5 * 96 * 2**20 / 4096 / 2  # 4 KiB pages, each cleared again (at least half)
     assert kept < given_back / 20
+
+
+def test_where_large_blocks_cannot_be_kept_nothing_is_changed(monkeypatch):
+    asked = []
+
+    def mallopt(name: int, value: int) -> int:
+        """Of an older glibc, which refuses to have blocks above 32 MiB in its heap."""
+        asked.append((name, value))
+        return int(value <= 32 << 20)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert not keep_freed_memory()
+    assert asked == [(-3, 1 << 30)]  # and not the threshold for trimming
+
+
+def test_a_c_library_without_it_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert not keep_freed_memory()
